@@ -1,0 +1,1 @@
+"""postformer: a laboratory for what comes after the Transformer."""

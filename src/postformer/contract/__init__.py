@@ -1,0 +1,1 @@
+"""The contract that every mixer obeys: Mixer, Context, Site, Out, state operations, traits, fallbacks."""

@@ -1,0 +1,99 @@
+"""Context: what one call knows about its tokens.
+
+Built once by the model (or by whoever calls a mixer), read-only, passed down unchanged; a wrapper that changes what its
+child sees passes on a `replace`d copy. Every token field is `[B, T]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+NONE, SEGMENT, DOCUMENT, STREAM = 0, 1, 2, 3
+LEVELS = {"segment": SEGMENT, "document": DOCUMENT, "stream": STREAM}
+"""Boundary levels. A boundary of level n ends everything of level <= n: a memory that forgets at level m starts afresh
+before every token whose boundary is >= m."""
+
+
+class Store(Protocol):
+    """External memory that a mixer may search; the backends live in `store/`."""
+
+    def search(self, q: Tensor, k: int) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """What one call knows about its tokens.
+
+    `tick = write = 0` makes a token *read-only*: the state is unchanged, y is still produced. `valid = False` is the
+    same with y = 0 and the token invisible to convolutions, counters and key-value lists. A boundary takes effect
+    before its token whether or not that token is valid.
+    """
+
+    position: Tensor | None = None
+    """[B, T] int64, position inside the document; never recomputed by a mixer. None: counted from the state's start."""
+    valid: Tensor | None = None
+    """[B, T] bool; False: the token does not exist (padding, skipped, idle row)."""
+    boundary: Tensor | None = None
+    """[B, T] int8: 0 none, 1 segment, 2 document, 3 stream; what ends BEFORE this token."""
+    tick: Tensor | None = None
+    """[B, T] in [0, 1]; multiplies the log-decay: how much time passes."""
+    write: Tensor | None = None
+    """[B, T] in [0, 1]; multiplies the update."""
+    causal: bool = True
+    """False: tokens of this call see each other; the state is still only the past."""
+    emit: int | None = None
+    """Also return the state before tokens 0, emit, 2*emit, ..."""
+    consume: bool = False
+    """The caller gives the input state away: its buffers may be overwritten (decoding)."""
+    shared: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
+    """What earlier sites published, by the name the design gives it, plus "embedding"."""
+    stores: Mapping[str, Store] = field(default_factory=lambda: EMPTY)
+    inputs: Mapping[str, Tensor] = field(default_factory=lambda: EMPTY)
+
+    def replace(self, **changes: Any) -> Context:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def reset(self, forget_at: str = "document") -> Tensor | None:
+        """[B, T] bool: before which tokens a memory that forgets at this level starts afresh (None: nowhere)."""
+        return None if self.boundary is None else self.boundary >= LEVELS[forget_at]
+
+    def segments(self, forget_at: str = "document") -> Tensor | None:
+        """[B, T] int64: which document of this call a token is in; 0 is the one the state comes from."""
+        reset = self.reset(forget_at)
+        return None if reset is None else reset.long().cumsum(1)
+
+    def narrow(self, start: int, stop: int) -> Context:
+        """The same context for tokens start..stop-1 of the call. Publications and emit are left out."""
+        cut = {
+            name: None if (value := getattr(self, name)) is None else value[:, start:stop]
+            for name in ("position", "valid", "boundary", "tick", "write")
+        }
+        return replace(self, **cut, shared=narrow_shared(self.shared, start, stop), emit=None)
+
+
+def narrow_shared(shared: Mapping[str, Any], start: int, stop: int) -> Mapping[str, Any]:
+    """Publications for tokens start..stop-1: tensors [B, T, ...] are cut, everything else is passed as it is."""
+    return MappingProxyType(
+        {k: v[:, start:stop] if isinstance(v, Tensor) and v.ndim >= 3 else v for k, v in shared.items()}
+    )
+
+
+def gates(ctx: Context) -> tuple[Tensor | None, Tensor | None]:
+    """(tick, write) with invalid tokens folded in as identity tokens; None where every gate is one.
+
+    Shapes [B, T], float.
+    """
+    tick, write, valid = ctx.tick, ctx.write, ctx.valid
+    if valid is None:
+        return tick, write
+    mask = valid.to(torch.get_default_dtype() if tick is None else tick.dtype)
+    return mask if tick is None else tick * mask, mask if write is None else write * mask.to(write.dtype)

@@ -1,0 +1,117 @@
+"""Operations on states: pytrees of tensors (or None) whose leaves all have the batch on axis 0.
+
+Containers are tuples, named tuples, lists and dicts. `Growing` is the one leaf type whose size depends on the context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+State = Any
+
+
+class Growing(NamedTuple):
+    """A list that grows with the context, e.g. keys: data [B, capacity, ...], length [B] int64 (entries in use)."""
+
+    data: Tensor
+    length: Tensor
+
+
+def map_state(fn: Callable[..., Any], state: State, *others: State) -> State:
+    """Apply fn to corresponding tensor leaves, keeping the containers."""
+    if state is None:
+        return None
+    if isinstance(state, Tensor):
+        return fn(state, *others)
+    if isinstance(state, dict):
+        return {k: map_state(fn, v, *(o[k] for o in others)) for k, v in state.items()}
+    if isinstance(state, (tuple, list)):
+        parts = [map_state(fn, v, *(o[i] for o in others)) for i, v in enumerate(state)]
+        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
+    raise TypeError(f"a state is made of tensors in tuples, lists and dicts, not {type(state).__name__}")
+
+
+def leaves(state: State) -> list[Tensor]:
+    """All tensor leaves, in a fixed order."""
+    found: list[Tensor] = []
+    map_state(found.append, state)
+    return found
+
+
+def _regrow(fn: Callable[[Any], Any], state: State) -> State:
+    """Map over the tree with Growing lists kept whole."""
+    if state is None or isinstance(state, (Tensor, Growing)):
+        return fn(state)
+    if isinstance(state, dict):
+        return {k: _regrow(fn, v) for k, v in state.items()}
+    parts = [_regrow(fn, v) for v in state]
+    return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
+
+
+def select(state: State, rows: Tensor | Sequence[int]) -> State:
+    """The state of some rows, in the given order (repeat a row to fork it)."""
+    def pick(leaf: Tensor) -> Tensor:
+        return leaf.index_select(0, torch.as_tensor(rows, dtype=torch.long, device=leaf.device))
+    return map_state(pick, state)
+
+
+def concat(states: Sequence[State]) -> State:
+    """Join the rows of several states of one model; growing lists are padded to the largest capacity."""
+    first = states[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return torch.cat(list(states), 0)
+    if isinstance(first, Growing):
+        capacity = max(s.data.shape[1] for s in states)
+        padded = [F.pad(s.data, (0, 0) * (s.data.ndim - 2) + (0, capacity - s.data.shape[1])) for s in states]
+        return Growing(torch.cat(padded, 0), torch.cat([s.length for s in states], 0))
+    if isinstance(first, dict):
+        return {k: concat([s[k] for s in states]) for k in first}
+    parts = [concat([s[i] for s in states]) for i in range(len(first))]
+    return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+
+
+def where(rows: Tensor, new: State, old: State) -> State:
+    """Row by row: new where rows [B] bool is set, else old. Both of the same structure and sizes."""
+    def pick(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(rows.view(-1, *(1,) * (b.ndim - 1)), a.to(b.dtype), b)
+    return map_state(pick, new, old)
+
+
+def size(state: State) -> int:
+    """Bytes of the state for its whole batch; of growing lists the part in use by the longest row."""
+    total = 0
+
+    def add(leaf: Any) -> Any:
+        nonlocal total
+        if isinstance(leaf, Growing):
+            used = int(leaf.length.max()) if leaf.length.numel() else 0
+            total += leaf.data[:, :used].numel() * leaf.data.element_size() + leaf.length.numel() * 8
+        elif leaf is not None:
+            total += leaf.numel() * leaf.element_size()
+        return leaf
+
+    _regrow(add, state)
+    return total
+
+
+def detach(state: State) -> State:
+    """The same values without gradient history."""
+    return map_state(Tensor.detach, state)
+
+
+def flatten(state: State, prefix: str = "state") -> dict[str, Tensor]:
+    """Leaves by path, for saving with safetensors; `unflatten` needs a state of the same structure."""
+    return {f"{prefix}.{i}": leaf.detach().contiguous() for i, leaf in enumerate(leaves(state))}
+
+
+def unflatten(tensors: dict[str, Tensor], like: State, prefix: str = "state") -> State:
+    """Inverse of `flatten`: the saved leaves in the structure of `like` (sizes may differ in batch and capacity)."""
+    remaining = iter(range(len(leaves(like))))
+    return map_state(lambda _: tensors[f"{prefix}.{next(remaining)}"], like)
