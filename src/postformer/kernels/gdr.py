@@ -1,0 +1,178 @@
+"""K1, the general diagonal + rank-one recurrence: one kernel for linear attention, gated linear attention, the delta
+rule and all their gated, multi-step and lagged forms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import settings
+from .gdr_chunk import gdr_chunked
+from .gdr_reference import gdr_recurrent
+
+RECURRENT_UP_TO = 3
+"""Below this many tokens one chunk costs more than its tokens taken one by one."""
+
+
+def _fail(message: str) -> None:
+    raise ValueError(f"gdr: {message}")
+
+
+def _check(q, g, w, e, u, k_add, v_add, state, reset, chunk, emit) -> tuple[int, int]:
+    """(micro-steps per token, dv); ValueError where shapes do not fit."""
+    if q.ndim != 4:
+        _fail(f"q has shape {tuple(q.shape)}; give [B, H, T, dk]")
+    B, H, T, dk = q.shape
+    if T < 1:
+        _fail("q has no tokens; call it with T >= 1")
+    if w is None and k_add is None:
+        _fail("nothing is ever written; give w and e (delta rule), or k_add and v_add (additive write), or both")
+    if (w is None) != (e is None):
+        _fail("w and e come together; to write without erasing use k_add and v_add")
+    if u is not None and w is None:
+        _fail("u is the target of the erase and needs w and e; to write it additively pass it as v_add")
+    if (k_add is None) != (v_add is None):
+        _fail("k_add and v_add come together")
+    first = w if w is not None else k_add
+    rows = first.shape[2] if first.ndim == 4 else 0
+    if rows == 0 or rows % T:
+        _fail(f"writes of shape {tuple(first.shape)} for {T} tokens; give [B, H, R*T, dk] with R >= 1 rows per token")
+    values = u if u is not None else v_add if v_add is not None else state
+    if values is None:
+        _fail("the width of the values is unknown; give u, v_add or state")
+    dv = values.shape[-1]
+    for name, x, width in (("w", w, dk), ("e", e, dk), ("u", u, dv), ("k_add", k_add, dk), ("v_add", v_add, dv)):
+        if x is not None and x.shape != (B, H, rows, width):
+            _fail(f"{name} has shape {tuple(x.shape)}; it must be {(B, H, rows, width)}, like the other writes")
+    if g is not None:
+        if g.shape[:3] != (B, H, T) or g.ndim != 4 or g.shape[3] not in (1, dk):
+            _fail(f"g has shape {tuple(g.shape)}; give {(B, H, T, 1)} (per head) or {(B, H, T, dk)} (per channel)")
+        if g.dtype not in (torch.float32, torch.float64):
+            _fail(f"g is {g.dtype}, too coarse for sums of log-decays; compute it in float32")
+    if state is not None and state.shape != (B, H, dk, dv):
+        _fail(f"state has shape {tuple(state.shape)}; it must be {(B, H, dk, dv)}")
+    if reset is not None and (reset.shape != (B, T) or reset.dtype != torch.bool):
+        _fail(f"reset is {reset.dtype} of shape {tuple(reset.shape)}; give bool {(B, T)}")
+    if chunk < 1 or chunk & (chunk - 1):
+        _fail(f"chunk={chunk} is not a power of two; use 16, 32 or 64")
+    if emit is not None and emit < 1:
+        _fail(f"emit={emit}; give a number of tokens >= 1 or None")
+    return rows // T, dv
+
+
+def _tokens_per_chunk(T: int, micro: int, chunk: int) -> int:
+    """The largest power of two with at most `chunk` rows, no longer than needed for T tokens."""
+    C = chunk
+    while C > 1 and C * micro > max(chunk, 16):
+        C //= 2
+    while C > 1 and C // 2 >= T:
+        C //= 2
+    while C > 16 and (-T) % C > T // 4:
+        C //= 2
+    return C
+
+
+def gdr(
+    q: Tensor,
+    g: Tensor | None,
+    *,
+    w: Tensor | None = None,
+    e: Tensor | None = None,
+    u: Tensor | None = None,
+    k_add: Tensor | None = None,
+    v_add: Tensor | None = None,
+    state: Tensor | None = None,
+    reset: Tensor | None = None,
+    erase_before_decay: bool = False,
+    read_before_update: bool = False,
+    chunk: int = 64,
+    backend: str = "auto",
+    emit: int | None = None,
+) -> Any:
+    """Run a matrix memory that decays, erases along one direction, writes along another, and is read at every token.
+
+        S_t = D_t S_{t-1} + w_t (u_t - X_t^T e_t)^T + k_t v_t^T      D_t = Diag(exp g_t),  X_t = D_t S_{t-1}
+        o_t = S_t^T q_t
+
+    With `erase_before_decay` X_t = S_{t-1} (RWKV-7, arXiv 2503.14456); with `read_before_update` o_t = S_{t-1}^T q_t
+    (RWKV-6, arXiv 2404.05892). The delta rule (arXiv 2406.06484, gated 2412.06464) is e = k, w = beta k, u = v; linear
+    attention with decay (arXiv 2312.06635, 2405.21060) is the additive pair alone.
+
+    Args:
+        q: [B, H, T, dk], already scaled.
+        g: log-decay per token, <= 0 (not checked: a positive value grows the state), [B, H, T, 1] per head or
+            [B, H, T, dk] per channel, float32 or float64; None for no decay.
+        w, e: write and erase directions [B, H, R*T, dk]; come together. w carries the learning rate.
+        u: target [B, H, R*T, dv]; None is a target of zero (erase only).
+        k_add, v_add: additive write [B, H, R*T, dk] and [B, H, R*T, dv]; come together.
+            R >= 1 micro-steps per token are inferred: rows R*t .. R*t+R-1 belong to token t, one after the other. The
+            token decays before its first and is read after its last (with `read_before_update`, before decay and all).
+        state: [B, H, dk, dv], the memory before the first token; None is zero.
+        reset: [B, T] bool; the memory is zero before these tokens, exactly, whatever the flags.
+        chunk: upper bound of tokens per parallel chunk, a power of two. Changes speed, not results.
+        backend: "auto", "reference" (token by token) or "parallel" (chunks).
+        emit: also return the memory before tokens 0, emit, 2*emit, ... (before a reset at that token).
+
+    Returns:
+        (o, state), or (o, state, emitted) where emit is given: o [B, H, T, dv] in q's dtype; state [B, H, dk, dv] in
+        float32 (float64 for float64 q); emitted [B, ceil(T / emit), H, dk, dv] in the state's dtype.
+
+    Raises:
+        ValueError: shapes or arguments do not fit together.
+
+    Half-precision inputs are computed in float32. A token with g = 0, w = 0, k_add = 0 leaves the state as it is.
+    Gradients are first-order only in the parallel form.
+    """
+    micro, dv = _check(q, g, w, e, u, k_add, v_add, state, reset, chunk, emit)
+    if torch.is_autocast_enabled(q.device.type):
+        with torch.autocast(q.device.type, enabled=False):
+            return gdr(
+                q, g, w=w, e=e, u=u, k_add=k_add, v_add=v_add, state=state, reset=reset, chunk=chunk, backend=backend,
+                erase_before_decay=erase_before_decay, read_before_update=read_before_update, emit=emit,
+            )
+    B, H, T, dk = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out_dtype = q.dtype
+    scale = settings.current().decay_scale
+    if g is not None and scale != 1.0:
+        g = g * scale
+    q, g, w, e, u, k_add, v_add = (None if x is None else x.to(dtype) for x in (q, g, w, e, u, k_add, v_add))
+    S = q.new_zeros(B, H, dk, dv) if state is None else state.to(dtype)
+    backend = settings.choose(backend)
+    flags = (micro, erase_before_decay, read_before_update)
+    if backend == "reference" or (backend == "auto" and T <= RECURRENT_UP_TO):
+        o, S, emitted = gdr_recurrent(q, g, w, e, u, k_add, v_add, S, reset, *flags, emit)
+    else:
+        writes = (w, e, u, k_add, v_add)
+        o, S, emitted = _parallel(q, g, writes, S, reset, flags, chunk, emit)
+    o = o.to(out_dtype)
+    return (o, S) if emit is None else (o, S, emitted)
+
+
+def _parallel(q, g, writes, S, reset, flags, chunk, emit):
+    """Chunks that start wherever a state is to be emitted, or else one call for each emitted state."""
+    T, micro = q.shape[2], flags[0]
+    C = _tokens_per_chunk(T, micro, chunk)
+    if emit is None:
+        return (*gdr_chunked(q, g, *writes, S, reset, *flags, C)[:2], None)
+    common = emit & -emit
+    if emit >= T or common >= min(C, 16):
+        C = C if emit >= T else min(C, common)
+        o, last, states = gdr_chunked(q, g, *writes, S, reset, *flags, C)
+        return o, last, states[:: max(1, emit // C)].transpose(0, 1) if emit < T else states[:1].transpose(0, 1)
+    out, emitted = [], []
+    for t in range(0, T, emit):
+        stop = min(t + emit, T)
+        emitted.append(S)
+
+        def cut(x, n=1, t=t, stop=stop):
+            return None if x is None else x[:, :, t * n : stop * n]
+
+        o, S, _ = gdr_chunked(
+            cut(q), cut(g), *(cut(x, micro) for x in writes), S, None if reset is None else reset[:, t:stop],
+            *flags, _tokens_per_chunk(stop - t, micro, chunk),
+        )
+        out.append(o)
+    return torch.cat(out, 2), S, torch.stack(emitted, 1)

@@ -1,0 +1,70 @@
+"""Which form of a kernel runs: one setting for all kernels, local to a thread or task.
+
+`with use(backend="reference"):` makes every kernel called with `backend="auto"` run token by token, and
+`with use(decay_scale=60.0):` multiplies the log-decays given to `gdr` and `selective_scan`. Both exist for checking:
+the first gives the answers to compare with, the second drives gates to where careless formulas overflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+
+BACKENDS = ("auto", "reference", "parallel")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is in force: `backend` for kernels called with "auto", and the factor on log-decays."""
+
+    backend: str = "auto"
+    decay_scale: float = 1.0
+
+
+_current: ContextVar[Settings] = ContextVar("postformer_kernel_settings", default=Settings())
+
+
+def current() -> Settings:
+    """The settings in force here."""
+    return _current.get()
+
+
+@contextmanager
+def use(*, backend: str | None = None, decay_scale: float | None = None) -> Iterator[Settings]:
+    """Change settings inside a `with` block; what is not named stays as it was.
+
+    backend: "auto" (by shape), "reference" (token by token) or "parallel". It decides only for kernels called with
+    `backend="auto"`; a backend named in the call wins. decay_scale: factor >= 0 on the log-decays given to `gdr` and
+    `selective_scan`. Raises ValueError for any other backend or a negative factor.
+    """
+    if backend is not None:
+        check_backend(backend)
+    if decay_scale is not None and not decay_scale >= 0:
+        raise ValueError(f"decay_scale={decay_scale} would make decays grow; give a factor >= 0")
+    old = _current.get()
+    new = replace(
+        old,
+        backend=old.backend if backend is None else backend,
+        decay_scale=old.decay_scale if decay_scale is None else float(decay_scale),
+    )
+    token = _current.set(new)
+    try:
+        yield new
+    finally:
+        _current.reset(token)
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError for a backend that no kernel has."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} does not exist; use one of {', '.join(map(repr, BACKENDS))}")
+
+
+def choose(backend: str) -> str:
+    """The backend to run: the call's own unless it is "auto", then the one in force (which may be "auto")."""
+    if backend == "auto":
+        return _current.get().backend
+    check_backend(backend)
+    return backend
