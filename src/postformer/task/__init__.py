@@ -1,0 +1,45 @@
+"""Tasks: seeded generators with a scorer and a difficulty knob.
+
+    from postformer import task
+
+    recall = task.load("mqar", vocab=128)
+    generator = task.seeded(0, "train", 12)                      # seed, stream, step
+    batch = recall.batch((64, 8), batch_size=32, generator=generator)
+    recall.score(logits.argmax(-1), batch)                       # {"token_accuracy": ..., ...}
+
+A task of your own: subclass `Task`, decorate it with `@register`, and point an entry point of the group
+"postformer.tasks" at it if it should be found in an installed package.
+"""
+
+from postformer.task.base import (
+    IGNORE,
+    METRICS,
+    Difficulties,
+    Setting,
+    Task,
+    TaskBatch,
+    TaskError,
+    seeded,
+    setting_name,
+)
+from postformer.task.group import Group, GroupWord
+from postformer.task.recall import MQAR
+from postformer.task.registry import load, names, register
+
+__all__ = [
+    "IGNORE",
+    "METRICS",
+    "MQAR",
+    "Difficulties",
+    "Group",
+    "GroupWord",
+    "Setting",
+    "Task",
+    "TaskBatch",
+    "TaskError",
+    "load",
+    "names",
+    "register",
+    "seeded",
+    "setting_name",
+]
