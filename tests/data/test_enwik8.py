@@ -89,6 +89,10 @@ def test_a_damaged_archive_and_a_missing_file(small, tmp_path):
     path.write_bytes(gzip.compress(CONTENT)[:-20])
     with pytest.raises(CorpusError, match="damaged archive"):
         load_corpus(f"enwik8:{path}", tmp_path / "cache")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("enwik8", b"")
+    with pytest.raises(CorpusError, match="it has 0 bytes"):
+        load_corpus(f"enwik8:{path}", tmp_path / "cache")
     with pytest.raises(CorpusError, match=r"cannot read .*/nowhere .*bring the file"):
         load_corpus(f"enwik8:{tmp_path}/nowhere", tmp_path / "cache")
 

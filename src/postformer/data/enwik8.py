@@ -93,6 +93,8 @@ def _plain(file: BinaryIO) -> Iterator[bytes]:
             stream = stack.enter_context(gzip.open(file))
         elif magic == b"PK\x03\x04":
             archive = stack.enter_context(zipfile.ZipFile(file))
+            if not archive.namelist():
+                raise zipfile.BadZipFile("nothing in it")
             stream = stack.enter_context(archive.open(archive.namelist()[0]))
         while piece := stream.read(sources.CHUNK):
             yield piece
