@@ -1,8 +1,28 @@
-"""Pure tensor functions of the sequence memories, on torch alone. Each has a token-by-token reference and a parallel
-form; `use` chooses between them for everything inside a `with` block."""
+"""Pure tensor functions of the sequence memories, on torch alone.
 
+Each has a token-by-token reference that is obviously right and, where one exists, a parallel form that gives the same
+numbers; `use` chooses between them for everything inside a `with` block.
+
+gdr: matrix memory with decay, erase and write. scan, max_plus_scan, selective_scan, fft_convolution: elementwise
+memories. sequential: any step function. attention: a list of keys and values.
+"""
+
+from .attention import attention
 from .gdr import gdr
 from .scan import fft_convolution, max_plus_scan, scan
-from .settings import current, use
+from .selective import selective_scan
+from .sequential import sequential
+from .settings import Settings, current, use
 
-__all__ = ["current", "fft_convolution", "gdr", "max_plus_scan", "scan", "use"]
+__all__ = [
+    "Settings",
+    "attention",
+    "current",
+    "fft_convolution",
+    "gdr",
+    "max_plus_scan",
+    "scan",
+    "selective_scan",
+    "sequential",
+    "use",
+]
