@@ -1,0 +1,54 @@
+"""Memory: the peak of this process, and running out of it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from postformer.training.config import TrainConfig
+from postformer.training.errors import OutOfMemory
+
+PHRASES = ("not enough memory", "can't allocate memory", "cannot allocate memory", "out of memory")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: largest resident size of the process so far (CPU), largest allocation (CUDA); 0 where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextlib.contextmanager
+def out_of_memory(config: TrainConfig) -> Iterator[None]:
+    """Turns every form of running out of memory into OutOfMemory, which names what would help."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
+            phrase in str(error).lower() for phrase in PHRASES
+        ):
+            raise
+        raise OutOfMemory(
+            f"out of memory with batch_size {config.batch_size}, length {config.length}, accumulate "
+            f"{config.accumulate}, {config.dtype}: {str(error).splitlines()[0] if str(error) else 'MemoryError'}",
+            f"Try, in this order: {'; '.join(_remedies(config))}. Checkpoints written so far are intact.",
+        ) from error
+
+
+def _remedies(config: TrainConfig) -> list[str]:
+    found = []
+    if config.accumulate < config.batch_size:
+        found.append(f"accumulate={min(config.batch_size, config.accumulate * 2)} (same result)")
+    if not config.gradient_checkpointing:
+        found.append("gradient_checkpointing=true (same result, slower)")
+    if config.dtype == "float32":
+        found.append("dtype=bfloat16")
+    return [*found, "a smaller batch_size or length", "a smaller design"]

@@ -1,0 +1,29 @@
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from postformer.objective import Batch
+
+# importlib import mode keeps test folders off sys.path; the small model is loaded by file.
+if "fake" not in sys.modules:
+    spec = importlib.util.spec_from_file_location("fake", Path(__file__).parent / "fake.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["fake"] = module
+    spec.loader.exec_module(module)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def batch_at():
+    """Sums of small random steps: something to learn."""
+    def at(step, batch=4, length=12):
+        generator = torch.Generator().manual_seed(step)
+        return Batch.windows(torch.randint(1, 4, (batch, length + 1), generator=generator).cumsum(1) % 256)
+    return at
