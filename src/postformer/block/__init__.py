@@ -1,0 +1,1 @@
+"""Blocks: feed-forwards, channel mixing, depth, and the runner of residual sublayers."""

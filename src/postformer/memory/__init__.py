@@ -1,0 +1,1 @@
+"""Memory kinds, one file each: how a sequence layer stores what it has seen."""

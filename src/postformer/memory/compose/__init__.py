@@ -1,0 +1,1 @@
+"""Composites: memories made of memories, whatever their kinds."""

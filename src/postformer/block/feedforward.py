@@ -1,0 +1,73 @@
+"""Feed-forwards: gated (SwiGLU, GeGLU, 2002.05202) and plain MLPs, one token at a time.
+
+    gated: W_out (act(W_gate x) * W_up x)        plain: W_out act(W_up x)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from postformer.contract.context import Context
+from postformer.contract.mixer import Mixer, Out, Traits
+from postformer.contract.state import State
+from postformer.design.base import Design, Scales
+from postformer.design.cost import Cost
+from postformer.design.registry import register
+from postformer.layers.activation import ACTIVATIONS, Activation
+
+
+class FeedForwardDesign(Design):
+    kind: Literal["swiglu", "geglu", "mlp"] = "swiglu"
+    dim_hidden: Annotated[int | None, Scales()] = Field(None, ge=1)
+    """None: expand * width, rounded up to a multiple of 8"""
+    expand: float | None = Field(None, gt=0)
+    """None: 8/3 gated, 4 plain"""
+    activation: Activation | None = None
+    """Of a plain MLP; None: gelu"""
+    bias: bool = False
+
+    @model_validator(mode="after")
+    def _sense(self) -> FeedForwardDesign:
+        if self.activation and self.kind != "mlp":
+            raise ValueError(f"{self.kind} fixes its activation; leave it out, or use kind: mlp")
+        if self.dim_hidden and self.expand:
+            raise ValueError("give dim_hidden or expand, not both")
+        return self
+
+    def hidden(self, width: int) -> int:
+        expand = self.expand or (4 if self.kind == "mlp" else 8 / 3)
+        return self.dim_hidden or math.ceil(expand * width / 8) * 8
+
+    @property
+    def act(self) -> str:
+        return {"swiglu": "silu", "geglu": "gelu-tanh"}.get(self.kind) or self.activation or "gelu"
+
+
+@register(FeedForwardDesign)
+class FeedForward(Mixer):
+    def __init__(self, design: FeedForwardDesign, site: Any) -> None:
+        super().__init__()
+        hidden = design.hidden(site.width)
+        self.act = ACTIVATIONS[design.act]
+        self.gate = site.linear("gate", site.width, hidden, bias=design.bias) if design.kind != "mlp" else None
+        self.up = site.linear("up", site.width, hidden, bias=design.bias)
+        self.out = site.linear("out", hidden, site.dim_out, bias=design.bias)
+
+    def mix(self, x: Tensor, state: State, ctx: Context) -> Out:
+        if self.gate is None:
+            return Out(self.out(self.act(self.up(x))))
+        return Out(self.out(self.act(self.gate(x)) * self.up(x)))
+
+    @classmethod
+    def traits(cls, design: FeedForwardDesign) -> Traits:
+        return Traits(stateful=False)
+
+    @classmethod
+    def cost(cls, design: FeedForwardDesign, site: Any) -> Cost:
+        hidden, maps = design.hidden(site.width), 1 if design.kind == "mlp" else 2
+        up = sum((site.linear_cost(site.width, hidden, bias=design.bias) for _ in range(maps)), Cost())
+        return up + site.linear_cost(hidden, site.dim_out, bias=design.bias)

@@ -1,0 +1,134 @@
+"""Mixer: memories, feed-forwards, composites, blocks and the stack all obey this one contract.
+
+`forward(x, state, ctx) -> Out` for any number of tokens >= 1, pure in (parameters, x, state, ctx). Law: any split of
+the tokens gives the same outputs and the same final state. A step is T = 1, prefill is T = n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from postformer.contract import fallback
+from postformer.contract.context import EMPTY, Context, gates
+from postformer.contract.state import State
+from postformer.design.base import Design
+from postformer.design.cost import Cost
+from postformer.kernels import sequential
+
+
+class Out(NamedTuple):
+    """What a call returns; nothing is ever written into the Context."""
+
+    y: Tensor
+    state: State = None
+    published: Mapping[str, Any] = EMPTY
+    """By name of what is published (`traits.publishes`); the sublayer renames."""
+    emitted: State = None
+    """With ctx.emit = n: the state before tokens 0, n, 2n, ...; leaves [B, ceil(T/n), ...]."""
+    losses: Mapping[str, Tensor] = EMPTY
+    """Auxiliary scalars (router, halting); the objective decides what to do with them."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a mixer can do. Verify, the planner and refusals use it; nothing else may switch a check off."""
+
+    causal: bool = True
+    streaming: Literal["constant", "growing", "none"] = "constant"
+    soft_gates: bool = True
+    """tick and write in (0, 1) and read-only tokens are honoured; False where local mixing would see them."""
+    native_reset: bool = True
+    native_emit: bool = True
+    stateful: bool = True
+    publishes: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    """Names of publications it needs in ctx.shared."""
+
+
+class Site(Protocol):
+    """Where a mixer is built: the only thing it learns about the model around it."""
+
+    path: str
+    layer: int
+    num_layers: int
+    rank: int
+    """This is the rank-th of `count` uses of this mixer in the stack."""
+    count: int
+    width: int
+    """Channels of x."""
+    dim_out: int
+    """Channels of y."""
+    causal: bool
+    publish: frozenset[str]
+    """Which of its publications are wanted here."""
+
+    def linear(
+        self, name: str, d_in: int, d_out: int, *, bias: bool = False, role: str = "projection"
+    ) -> nn.Module: ...
+    def parameter(self, name: str, shape: Sequence[int], init: Callable[[Tensor], Any], *, role: str = "gate",
+                  decay: bool = False) -> nn.Parameter: ...
+    def build(self, design: Design, name: str, width: int | None = None) -> Mixer: ...
+    def tied(self, name: str, shape: Sequence[int], init: Callable[[Tensor], Any]) -> Callable[[], Tensor]: ...
+
+
+class Mixer(nn.Module):
+    """Base of everything that maps tokens to tokens with a state. Authors write `__init__(design, site)` and `mix`."""
+
+    design: Any
+    """The mixer's own design; the site sets it when it builds."""
+
+    def forward(self, x: Tensor, state: State = None, ctx: Context | None = None) -> Out:
+        """x [B, T, D] -> Out with y [B, T, D_out]. ctx None: plain causal tokens from the state's position on."""
+        ctx = ctx or Context()
+        if state is None:
+            state = self.initial(x.shape[0])
+        if ctx.valid is not None:
+            x = x.masked_fill(~ctx.valid[..., None], 0)
+        traits = self.traits(self.design)
+        if (ctx.emit and not traits.native_emit) or (ctx.boundary is not None and not traits.native_reset):
+            out = fallback.by_pieces(self, x, state, ctx, traits)
+        else:
+            out = self.mix(x, state, ctx)
+        return out if ctx.valid is None else out._replace(y=out.y.masked_fill(~ctx.valid[..., None], 0))
+
+    def mix(self, x: Tensor, state: State, ctx: Context) -> Out:
+        """The work; x is zero at invalid tokens, state is never None for a mixer that has one."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither mix, step nor rule")
+
+    def initial(self, batch: int, condition: Tensor | None = None) -> State:
+        """The state before the first token; None for a mixer without state."""
+        return None
+
+    @classmethod
+    def traits(cls, design: Any) -> Traits:
+        return Traits()
+
+    @classmethod
+    def cost(cls, design: Any, site: Any) -> Cost | None:
+        """Params, FLOPs and state bytes from the design alone; None: not declared (verify says so)."""
+        return None
+
+
+class StepMemory(Mixer):
+    """A rule written token by token: the author writes `step`; the base does valid, boundary, write, emit, any T.
+
+    `step(x [B, D], state) -> (y [B, D_out], state)`. A write gate between 0 and 1 interpolates the states; time that
+    passes without a write (tick) is not separable from a step and is ignored.
+    """
+
+    forget_at: str = "document"
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        raise NotImplementedError(f"{type(self).__name__} does not define step")
+
+    def mix(self, x: Tensor, state: State, ctx: Context) -> Out:
+        reset = ctx.reset(self.forget_at)
+        initial = None if reset is None else self.initial(x.shape[0])
+        y, state, *emitted = sequential(
+            self.step, x, state, reset=reset, initial=initial, write=gates(ctx)[1], emit=ctx.emit
+        )
+        return Out(y, state, emitted=emitted[0] if emitted else None)

@@ -1,0 +1,73 @@
+"""The base of every piece of a design: frozen pydantic models that refuse unknown fields."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Scales:
+    """Marks a field that is proportional to the model's width: `Annotated[int, Scales()]`.
+
+    multiple: what the scaled value is rounded to.
+    """
+
+    def __init__(self, multiple: int = 8) -> None:
+        self.multiple = multiple
+
+
+class Design(BaseModel):
+    """A frozen piece of architecture. Mixers subclass it with a `kind: Literal[...]`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    def scaled(self, ratio: float) -> Self:
+        """The same design for a model `ratio` times as wide."""
+        changes: dict[str, Any] = {}
+        for name, info in type(self).model_fields.items():
+            value = getattr(self, name)
+            mark = next((m for m in info.metadata if isinstance(m, Scales)), None)
+            if mark and isinstance(value, int) and name in self.model_fields_set:
+                changes[name] = max(mark.multiple, round(value * ratio / mark.multiple) * mark.multiple)
+            elif (new := _scaled(value, ratio)) is not value:
+                changes[name] = new
+        return self.model_copy(update=changes) if changes else self
+
+    def dump(self) -> dict[str, Any]:
+        """Everything, defaults filled in, as plain JSON-able data."""
+        return self.model_dump(mode="json", serialize_as_any=True)
+
+
+def _scaled(value: Any, ratio: float) -> Any:
+    """Scale designs inside containers; the very same object when nothing changed."""
+    if isinstance(value, Design):
+        return value.scaled(ratio)
+    if isinstance(value, (list, tuple)):
+        new = [_scaled(v, ratio) for v in value]
+        return type(value)(new) if any(a is not b for a, b in zip(new, value)) else value
+    if isinstance(value, dict):
+        new = {k: _scaled(v, ratio) for k, v in value.items()}
+        return new if any(new[k] is not value[k] for k in value) else value
+    return value
+
+
+class DesignError(ValueError):
+    """A design that cannot be: says the file, the path in it, the value, what is allowed, the nearest valid spelling."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, *, path: str = "", file: str = "", line: int | None = None) -> None:
+        self.message, self.path, self.file, self.line = message, path, file, line
+        where = file + (f":{line}" if file and line else "")
+        super().__init__(": ".join(part for part in (where, path, message) if part))
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """' Did you mean X?' or the allowed words."""
+    words = sorted(map(str, allowed))
+    close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
+    listing = f" Allowed: {', '.join(words)}." if words else ""
+    return (f" Did you mean '{close[0]}'?" if close else "") + listing

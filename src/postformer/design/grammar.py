@@ -1,0 +1,164 @@
+"""The recipe grammar: what a design may say. `loading` turns YAML into these; names as in the README's grammar page."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+
+from postformer.design import registry
+from postformer.design.base import Design, DesignError
+
+VERSION = 1
+
+
+def _mixer(value: Any) -> Any:
+    if isinstance(value, Design):
+        return value
+    if not isinstance(value, dict) or "kind" not in value:
+        raise ValueError("a mixer is a mapping with a 'kind', e.g. {kind: attention}")
+    try:
+        cls = registry.resolve(value["kind"])
+    except DesignError as e:
+        raise ValueError(e.message) from e
+    return cls.Design.model_validate(value)
+
+
+AnyMixer = Annotated[SerializeAsAny[Design], BeforeValidator(_mixer)]
+"""A mixer's design of whatever registered kind."""
+
+
+class Norm(Design):
+    kind: Literal["rms", "layer", "zero-centred-rms", "none"] = "rms"
+    eps: float = Field(1e-6, gt=0)
+    affine: bool = True
+    bias: bool = True
+    """Only for `layer`: with a bias."""
+
+
+def _norm(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+AnyNorm = Annotated[Norm, BeforeValidator(_norm)]
+
+
+class Linear(Design):
+    kind: Literal["dense"] = "dense"
+
+
+class Linears(Design):
+    """The linear map of each role; gates stay dense unless said otherwise."""
+
+    projection: Linear = Linear()
+    gate: Linear = Linear()
+    expert: Linear = Linear()
+
+
+class Embedding(Design):
+    tie: bool = True
+    scale: float | Literal["sqrt-width"] = 1.0
+    norm: AnyNorm = Norm(kind="none")
+
+
+class Head(Design):
+    softcap: float | None = Field(None, gt=0)
+    """logits <- cap * tanh(logits / cap)"""
+
+
+class Depth(Design):
+    kind: Literal["fixed"] = "fixed"
+
+
+class Sublayer(Design):
+    """One residual branch: x + scale * post_norm(mixer(norm(input)))."""
+
+    use: str | AnyMixer
+    norm: AnyNorm | None = None
+    """None: the model's norm."""
+    post_norm: AnyNorm = Norm(kind="none")
+    input: tuple[str, ...] = ("x",)
+    """What is concatenated: x (the stream), embedding, or names of publications."""
+    out: Literal["width"] | None = None
+    """width: a linear map of this site after the mixer."""
+    residual: Literal["add", "none", "next"] = "add"
+    """next: not added to the stream but to the next sublayer's input."""
+    scale: float | Literal["learned"] | None = None
+    publish: dict[str, str] = {}
+    """name -> what of the mixer's publications"""
+    depth: Depth = Depth()
+
+
+class Shared(Design):
+    """A block whose parameters exist once per copy; state per site."""
+
+    layer: tuple[Sublayer, ...]
+    copies: int = Field(1, ge=1)
+
+
+class Model(Design):
+    """The architecture, desugared: `stack` is the flat list of layer names."""
+
+    width: int = Field(gt=0)
+    vocab: int = Field(256, gt=1)
+    embedding: Embedding = Embedding()
+    head: Head = Head()
+    norm: AnyNorm = Norm()
+    linear: Linears = Linears()
+    mixers: dict[str, AnyMixer]
+    layers: dict[str, tuple[Sublayer, ...]]
+    shared: dict[str, Shared] = {}
+    stack: tuple[str, ...]
+    stack_norm: AnyNorm | None = None
+    """After the last layer; None: the model's norm."""
+
+    @model_validator(mode="after")
+    def _named(self) -> Model:
+        if not self.stack:
+            raise ValueError("the stack is empty; give it at least one layer")
+        return self
+
+    def mixer_of(self, use: str | Design) -> Design:
+        return use if isinstance(use, Design) else self.mixers[use]
+
+    def canonical(self) -> dict[str, Any]:
+        """The design with everything inlined and filled in: equal for two spellings of one architecture."""
+        def sub(s: Sublayer) -> dict[str, Any]:
+            d = s.dump()
+            d["norm"] = d["norm"] or self.norm.dump()
+            if isinstance(s.use, str):
+                d["use"] = {"shared": s.use} if s.use in self.shared else self.mixers[s.use].dump()
+            return d
+        d = self.dump()
+        used = {s.use for name in self.stack for s in self.layers[name] if isinstance(s.use, str)} & set(self.shared)
+        d["shared"] = {n: {"layer": [sub(s) for s in b.layer], "copies": b.copies}
+                       for n, b in self.shared.items() if n in used}
+        d["stack"] = [[sub(s) for s in self.layers[name]] for name in self.stack]
+        d["stack_norm"] = d["stack_norm"] or d["norm"]
+        del d["mixers"], d["layers"], d["norm"]
+        return d
+
+
+class Recipe(Design):
+    """A named design with the paper it comes from."""
+
+    version: Literal[1] = VERSION
+    name: str
+    paper: str | None = None
+    """arXiv id"""
+    summary: str = ""
+    model: Model
+
+    @property
+    def id(self) -> str:
+        """sha256 of the canonical JSON of the architecture (name and comments do not count)."""
+        text = json.dumps({"version": self.version, **self.model.canonical()}, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def cost(self) -> Any:
+        """Params, FLOPs and state bytes, from the design alone (`design.cost.Cost`)."""
+        from postformer.design.plan import cost
+
+        return cost(self.model)

@@ -1,0 +1,45 @@
+"""The open registry of kinds: a name in a recipe -> the mixer class that realises it.
+
+Built-in kinds and a user's own are found the same way, through the entry-point group `postformer.kinds`; `register`
+also makes a class known to the running process. Nothing is imported before a recipe names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any, TypeVar, get_args
+
+from postformer.design.base import Design, DesignError, nearest
+
+GROUP = "postformer.kinds"
+_classes: dict[str, type] = {}
+T = TypeVar("T", bound=type)
+
+
+def register(design: type[Design]) -> Callable[[T], T]:
+    """Class decorator: this mixer realises the kinds that `design.kind` names."""
+    def add(mixer: T) -> T:
+        mixer.Design = design  # type: ignore[attr-defined]
+        for kind in get_args(design.model_fields["kind"].annotation):
+            _classes[kind] = mixer
+        return mixer
+    return add
+
+
+def kinds() -> list[str]:
+    """Every kind that a recipe may name here."""
+    return sorted(set(_classes) | {e.name for e in entry_points(group=GROUP)})
+
+
+def resolve(kind: str) -> Any:
+    """The mixer class of a kind; its `.Design` is the config class. DesignError for an unknown kind."""
+    if kind not in _classes:
+        found = [e for e in entry_points(group=GROUP) if e.name == kind]
+        if not found:
+            raise DesignError(f"unknown kind '{kind}'.{nearest(kind, kinds())}", path="kind")
+        loaded = found[0].load()
+        if kind not in _classes:
+            raise DesignError(f"the package that offers kind '{kind}' loads {loaded!r} but does not register it; "
+                              "decorate the class with @register(ItsDesign)", path="kind")
+    return _classes[kind]

@@ -1,0 +1,27 @@
+"""Rotary position embedding (RoPE, 2104.09864), computed from per-row positions in fp32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotary(x: Tensor, position: Tensor, base: float = 10000.0, dim: int | None = None,
+           interleaved: bool = False) -> Tensor:
+    """Rotate the first `dim` channels (default all) of x [B, H, T, d] by position [B, T].
+
+    Halves are paired (channel i with i + dim/2) as in Llama; with interleaved, neighbours (2i with 2i + 1) as in RetNet.
+    """
+    dim = dim or x.shape[-1]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    freq = base ** (-torch.arange(0, dim, 2, dtype=dtype, device=x.device) / dim)
+    angle = position.to(dtype)[:, None, :, None] * freq
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    turned, kept = x[..., :dim], x[..., dim:]
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        out = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+    else:
+        a, b = turned.chunk(2, -1)
+        out = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.cat([out, kept], -1) if kept.shape[-1] else out

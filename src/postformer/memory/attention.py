@@ -1,0 +1,275 @@
+"""Softmax attention, full or windowed (1706.03762, 2004.05150): the memory is the list of keys and values itself.
+
+    o_t = sum_i softmax_i(q_t . k_i / sqrt(d)) v_i      over i <= t of the same document, or the last `window` tokens
+
+The state is the key-value list (grows with the context), or with a window a ring of the last `window` entries.
+Limits: a write gate is a factor exp(log write) on a key's weight; tick has no effect (nothing decays).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from postformer.contract.context import Context
+from postformer.contract.mixer import Mixer, Out, Traits
+from postformer.contract.state import Growing
+from postformer.design.base import Design
+from postformer.design.cost import Cost
+from postformer.design.registry import register
+from postformer.kernels import attention
+from postformer.layers.norm import RMSNorm
+from postformer.layers.rotary import rotary
+
+
+class AttentionHeads(Design):
+    query: int = Field(4, ge=1)
+    key_value: int | None = Field(None, ge=1)
+    """None: one per query head"""
+    dim: int | None = Field(None, ge=1)
+    """Channels of a head; None: width / query"""
+
+    def scaled(self, ratio: float) -> AttentionHeads:
+        query = max(1, round(self.query * ratio))
+        grouped = self.key_value and self.query // self.key_value
+        key_value = max(1, query // grouped) if grouped else None
+        if key_value:
+            query = max(query // key_value, 1) * key_value
+        dim = self.dim and max(8, round(self.dim * self.query * ratio / query / 8) * 8)
+        changes: dict[str, Any] = {"query": query, "key_value": key_value, "dim": dim}
+        return self.model_copy(update={k: v for k, v in changes.items() if k in self.model_fields_set})
+
+
+class AttentionDesign(Design):
+    kind: Literal["attention"] = "attention"
+    heads: AttentionHeads = AttentionHeads()
+    window: int | None = Field(None, ge=1)
+    """Tokens a query sees, itself included; None: all"""
+    position: Literal["rope", "none"] = "rope"
+    rope_base: float = Field(10000.0, gt=1)
+    rope_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of a head's channels that is rotated"""
+    qk_norm: Literal["none", "rms", "zero-centred-rms"] = "none"
+    gate: Literal["none", "sigmoid"] = "none"
+    """A gate on every output channel, computed from x (2505.06708)"""
+    bias: bool = False
+    """On the projections of q, k and v"""
+    bias_out: bool = False
+    softcap: None = None
+    eps: float = 1e-6
+
+    @model_validator(mode="after")
+    def _grouped(self) -> AttentionDesign:
+        if self.heads.key_value and self.heads.query % self.heads.key_value:
+            raise ValueError(f"heads.query is {self.heads.query}; it must be a multiple of "
+                             f"heads.key_value ({self.heads.key_value})")
+        return self
+
+
+class Ring(NamedTuple):
+    """The last `window` keys and values of a row: data [B, W, 2, Hk, d], position [B, W] (-1: empty), count [B]."""
+
+    data: Tensor
+    position: Tensor
+    count: Tensor
+
+
+class AttentionState(NamedTuple):
+    memory: Growing | Ring
+    next: Tensor
+    """[B] int64: position of the next token, for callers that give none."""
+
+
+def sizes(design: AttentionDesign, width: int) -> tuple[int, int, int]:
+    """(query heads, key-value heads, channels of a head)"""
+    h = design.heads
+    if h.dim is None and width % h.query:
+        raise ValueError(f"width {width} is not a multiple of heads.query ({h.query}); set heads.dim")
+    return h.query, h.key_value or h.query, h.dim or width // h.query
+
+
+@register(AttentionDesign)
+class Attention(Mixer):
+    def __init__(self, design: AttentionDesign, site: Any) -> None:
+        super().__init__()
+        self.design = design
+        self.query_heads, self.kv_heads, self.dim = sizes(design, site.width)
+        inner, kv = self.query_heads * self.dim, self.kv_heads * self.dim
+        self.q = site.linear("q", site.width, inner, bias=design.bias)
+        self.k = site.linear("k", site.width, kv, bias=design.bias)
+        self.v = site.linear("v", site.width, kv, bias=design.bias)
+        self.gate = site.linear("gate", site.width, inner, role="gate") if design.gate != "none" else None
+        self.out = site.linear("out", inner, site.dim_out, bias=design.bias_out)
+        self.rotated = int(self.dim * design.rope_fraction) // 2 * 2
+        if design.qk_norm != "none":
+            zero = design.qk_norm == "zero-centred-rms"
+            self.q_norm: nn.Module = RMSNorm(self.dim, design.eps, zero_centred=zero)
+            self.k_norm: nn.Module = RMSNorm(self.dim, design.eps, zero_centred=zero)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+
+    def initial(self, batch: int, condition: Tensor | None = None) -> AttentionState:
+        like = self.out.weight
+        count = torch.zeros(batch, dtype=torch.long, device=like.device)
+        shape = (batch, self.design.window or 0, 2, self.kv_heads, self.dim)
+        data = like.new_zeros(shape)
+        if self.design.window is None:
+            return AttentionState(Growing(data, count), count.clone())
+        empty = torch.full((batch, self.design.window), -1, dtype=torch.long, device=like.device)
+        return AttentionState(Ring(data, empty, count), count.clone())
+
+    def mix(self, x: Tensor, state: AttentionState, ctx: Context) -> Out:
+        batch, length = x.shape[:2]
+        segments, memory = ctx.segments(), state.memory
+        position, following = self._positions(x, state.next, segments, ctx)
+        q = self.q(x).view(batch, length, self.query_heads, self.dim).transpose(1, 2)
+        k = self.k(x).view(batch, length, self.kv_heads, self.dim).transpose(1, 2)
+        v = self.v(x).view(batch, length, self.kv_heads, self.dim)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.design.position == "rope":
+            q = rotary(q, position, self.design.rope_base, self.rotated)
+            k = rotary(k, position, self.design.rope_base, self.rotated)
+        new = torch.stack([k.transpose(1, 2), v], 2)
+        o = self._read(q, new, memory, position, segments, ctx)
+        if isinstance(memory, Growing):
+            memory = append(memory, new, segments, written(ctx, batch, length), ctx.consume)
+        else:
+            memory = rotate(memory, new, position, segments, written(ctx, batch, length), ctx.consume)
+        o = o.transpose(1, 2).reshape(batch, length, -1)
+        if self.gate is not None:
+            o = o * torch.sigmoid(self.gate(x))
+        return Out(self.out(o), AttentionState(memory, following))
+
+    def _positions(self, x: Tensor, start: Tensor, segments: Tensor | None, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Positions of the tokens, [B, T], and of the token after the call, [B]."""
+        if ctx.position is not None:
+            step = 1 if ctx.valid is None else ctx.valid[:, -1].long()
+            return ctx.position, ctx.position[:, -1] + step
+        position = start[:, None] + torch.arange(x.shape[1], device=x.device)
+        if segments is not None or ctx.valid is not None:
+            raise ValueError("packed documents and padding need ctx.position; the language model sets it")
+        return position, position[:, -1] + 1
+
+    def _read(self, q: Tensor, new: Tensor, memory: Growing | Ring, position: Tensor, segments: Tensor | None,
+              ctx: Context) -> Tensor:
+        batch, length = position.shape
+        window, masks = self.design.window, {}
+        used = memory.data.shape[1]
+        if isinstance(memory, Growing) and used:
+            used = min(used, int(memory.length.max()))
+        if used and isinstance(memory, Ring) and not bool(memory.count.any()):
+            used = 0
+        past = memory.data[:, :used]
+        data = torch.cat([past, new.to(past.dtype)], 1) if used else new
+        exists = None
+        if used:
+            old = (torch.arange(used, device=q.device) < memory.length[:, None] if isinstance(memory, Growing)
+                   else memory.position >= 0)
+            exists = torch.cat([old, position.new_ones(batch, length, dtype=torch.bool)], 1)
+        if ctx.valid is not None:
+            mask = ctx.valid if not used else torch.cat([position.new_ones(batch, used, dtype=torch.bool), ctx.valid], 1)
+            exists = mask if exists is None else exists & mask
+        if segments is not None:
+            masks["query_segment"] = segments
+            masks["key_segment"] = torch.cat([segments.new_zeros(batch, used), segments], 1)
+        if window is not None and (used or ctx.position is not None):
+            masks["query_position"] = position
+            if isinstance(memory, Ring):
+                masks["key_position"] = torch.cat([memory.position[:, :used], position], 1)
+            if not used and ctx.valid is None and segments is None:
+                masks = {}  # every token exists and counts by one: the index order is the position order
+        if ctx.write is not None:
+            bias = ctx.write.to(torch.float32 if q.dtype != torch.float64 else q.dtype)
+            bias = bias.masked_fill(bias == 0, 1).log().masked_fill(bias == 0, float("-inf"))
+            masks["key_bias"] = torch.cat([bias.new_zeros(batch, used), bias], 1)
+        keys, values = data[:, :, 0].transpose(1, 2).to(q.dtype), data[:, :, 1].transpose(1, 2).to(q.dtype)
+        return attention(q, keys, values, causal=ctx.causal, window=window, key_valid=exists, **masks)
+
+    @classmethod
+    def traits(cls, design: AttentionDesign) -> Traits:
+        return Traits(streaming="constant" if design.window else "growing", native_emit=False)
+
+    @classmethod
+    def cost(cls, design: AttentionDesign, site: Any) -> Cost:
+        heads, kv, dim = sizes(design, site.width)
+        maps = [(heads * dim, design.bias), (kv * dim, design.bias), (kv * dim, design.bias)]
+        total = sum((site.linear_cost(site.width, d, bias=b) for d, b in maps), Cost())
+        total += site.linear_cost(heads * dim, site.dim_out, bias=design.bias_out)
+        if design.gate != "none":
+            total += site.linear_cost(site.width, heads * dim, role="gate")
+        bytes_per_token = 2 * kv * dim * 4
+        return total + Cost(
+            params=0 if design.qk_norm == "none" else 2 * dim,
+            flops_per_key=((4.0 * heads * dim, design.window),),
+            state=16 if design.window is None else design.window * (bytes_per_token + 8) + 16,
+            state_per_token=((bytes_per_token, None),) if design.window is None else (),
+        )
+
+
+def written(ctx: Context, batch: int, length: int) -> Tensor | None:
+    """[B, T] bool: which tokens enter the list; None: all."""
+    write = None if ctx.write is None else ctx.write > 0
+    if ctx.valid is None:
+        return write
+    return ctx.valid if write is None else ctx.valid & write
+
+
+def append(memory: Growing, new: Tensor, segments: Tensor | None, keep: Tensor | None, consume: bool) -> Growing:
+    """The list after the tokens of `new` [B, T, ...] that are kept and belong to the last document."""
+    batch, length = new.shape[:2]
+    if segments is None and keep is None:
+        if memory.data.shape[1] == 0:
+            return Growing(new, memory.length + length)
+        keep = torch.ones(batch, length, dtype=torch.bool, device=new.device)
+        fresh = None
+    else:
+        keep = torch.ones(batch, length, dtype=torch.bool, device=new.device) if keep is None else keep
+        fresh = None
+        if segments is not None:
+            keep = keep & (segments == segments[:, -1:])
+            fresh = segments[:, -1] > 0
+    start = memory.length if fresh is None else memory.length.masked_fill(fresh, 0)
+    target = start[:, None] + keep.cumsum(1) - 1
+    after = start + keep.sum(1)
+    data, capacity = memory.data, memory.data.shape[1]
+    needed = int(after.max())
+    if needed > capacity:
+        grown = needed if capacity == 0 else max(needed, 2 * capacity)
+        wider = new.new_zeros(batch, grown, *new.shape[2:])
+        wider[:, :capacity] = data
+        data = wider
+    elif not consume:
+        data = data.clone()
+    rows, columns = torch.nonzero(keep, as_tuple=True)
+    return Growing(data.index_put((rows, target[rows, columns]), new[rows, columns].to(data.dtype))
+                   if data.requires_grad or new.requires_grad
+                   else data.index_put_((rows, target[rows, columns]), new[rows, columns].to(data.dtype)), after)
+
+
+def rotate(memory: Ring, new: Tensor, position: Tensor, segments: Tensor | None, keep: Tensor | None,
+           consume: bool) -> Ring:
+    """The ring after the tokens of `new`: entry i of a row's life sits in slot i mod W."""
+    batch, length = new.shape[:2]
+    width = memory.data.shape[1]
+    keep = torch.ones(batch, length, dtype=torch.bool, device=new.device) if keep is None else keep
+    data, places, count = memory.data, memory.position, memory.count
+    if not consume:
+        data, places = data.clone(), places.clone()
+    if segments is not None:
+        keep = keep & (segments == segments[:, -1:])
+        fresh = segments[:, -1] > 0
+        places = places.masked_fill(fresh[:, None], -1)
+        data = data.masked_fill(fresh[:, None, None, None, None], 0)
+        count = count.masked_fill(fresh, 0)
+    index = keep.cumsum(1) - 1
+    total = keep.sum(1)
+    keep = keep & (index >= (total - width)[:, None])
+    slot = (count[:, None] + index) % width
+    rows, columns = torch.nonzero(keep, as_tuple=True)
+    where = (rows, slot[rows, columns])
+    value = new[rows, columns].to(data.dtype)
+    data = data.index_put(where, value) if data.requires_grad or value.requires_grad else data.index_put_(where, value)
+    return Ring(data, places.index_put_(where, position[rows, columns]), count + total)

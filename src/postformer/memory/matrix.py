@@ -1,0 +1,104 @@
+"""Matrix memory (kernel K1): linear attention, gated and delta rules, their multi-step forms.
+
+    S_t = Diag(exp g_t) S_{t-1} + w_t (u_t - X_t^T e_t)^T + k_add_t v_add_t^T,    o_t = S_t^T q_t
+
+The parameterisation (memory/rules) maps x to the kernel's arguments; here they are run and read.
+Limits: memory and retention are linear in S; q and k are [dim_key], v is [dim_value] per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postformer.contract.affine import GDR, AffineMemory
+from postformer.contract.context import Context
+from postformer.contract.mixer import Traits
+from postformer.contract.state import State
+from postformer.design.cost import Cost
+from postformer.design.registry import register
+from postformer.layers.activation import ACTIVATIONS
+from postformer.layers.norm import HeadNorm
+from postformer.memory.matrix_design import MatrixDesign
+from postformer.memory.rules import resolve
+from postformer.memory.rules.gates import LowRank, gate_rank
+
+
+@register(MatrixDesign)
+class Matrix(AffineMemory):
+    def __init__(self, design: MatrixDesign, site: Any) -> None:
+        super().__init__()
+        self.design, self.forget_at = design, design.forget_at
+        heads, groups, dim_key, dim_value = design.sizes(site.width)
+        self.params = resolve(design.parameterisation)(design, site)
+        self.shape = (heads, dim_key, self.params.columns)
+        self.wanted = site.publish
+        read, inner = design.read, heads * dim_value
+        parts = {"head": heads, "group": groups, "all": 1}[read.per]
+        self.norm = None if read.norm == "none" else HeadNorm(
+            parts, inner // parts, read.norm, read.eps, read.weight != "none", read.bias, read.weight == "shared")
+        rank = gate_rank(read.gate_rank, dim_value)
+        self.gate = None
+        if read.gate != "none":
+            self.gate = (site.linear("gate", site.width, inner, role="gate") if rank is None
+                         else LowRank(site, "gate", site.width, rank, inner))
+        self.out = site.linear("out", inner, site.dim_out)
+
+    def initial_local(self, batch: int) -> State:
+        return self.params.initial(batch)
+
+    def rule(self, x: Tensor, state: State, ctx: Context) -> tuple[GDR, State]:
+        return self.params(x, state, ctx)
+
+    def read(self, o: Tensor, x: Tensor, rule: GDR) -> Tensor:
+        aux, read = rule.aux, self.design.read
+        o = o.transpose(1, 2)
+        if "floor" in aux:
+            o = o[..., :-1] / (torch.maximum(o[..., -1:].abs(), aux["floor"].transpose(1, 2)) + 1e-6).to(o.dtype)
+        elif self.design.normaliser == "sum":
+            o = o[..., :-1] / (o[..., -1:] + 1e-6)
+        o = o.flatten(-2)
+        if "skip" in aux:
+            o = o + aux["skip"]
+        gate = aux.get("gate")
+        if self.gate is not None:
+            gate = ACTIVATIONS[read.gate](self.gate(x))
+        if gate is not None and read.order == "gate-norm":
+            o, gate = o * gate, None
+        if self.norm is not None:
+            o = self.norm(o)
+        if "bonus" in aux:
+            o = o + aux["bonus"]
+        return self.out(o if gate is None else o * gate)
+
+    def publish(self, rule: GDR, o: Tensor) -> Mapping[str, Any]:
+        return {name: rule.aux[name] for name in self.wanted}
+
+    @classmethod
+    def traits(cls, design: MatrixDesign) -> Traits:
+        local = design.local.kind != "none" or design.parameterisation in ("mamba2", "rwkv7", "mlstm")
+        return Traits(
+            soft_gates=not local, native_emit=not local,
+            publishes=("value",) if design.parameterisation == "rwkv7" else (),
+            reads=(design.value_residual,) if design.value_residual else (),
+        )
+
+    @classmethod
+    def cost(cls, design: MatrixDesign, site: Any) -> Cost:
+        heads, groups, dim_key, dim_value = design.sizes(site.width)
+        params, read, inner = resolve(design.parameterisation), design.read, heads * dim_value
+        normed = {"head": dim_value, "group": inner // groups, "all": inner}[read.per]
+        total = params.cost(design, site) + site.linear_cost(inner, site.dim_out)
+        if read.gate != "none":
+            rank = gate_rank(read.gate_rank, dim_value)
+            total += (site.linear_cost(site.width, inner, role="gate") if rank is None
+                      else LowRank.cost(site, site.width, rank, inner))
+        if read.norm != "none" and read.weight != "none":
+            total += Cost(params=(normed if read.weight == "shared" else inner) * (2 if read.bias else 1))
+        columns = dim_value + (design.normaliser == "sum" or design.parameterisation == "mlstm")
+        writes = params.micro_flops if design.parameterisation != "qkv" else \
+            2.0 + (4.0 if design.loss == "l2" else 2.0) * design.update.steps
+        return total + Cost(flops_per_token=writes * heads * dim_key * columns, state=4 * heads * dim_key * columns)

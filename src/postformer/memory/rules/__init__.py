@@ -1,0 +1,64 @@
+"""Parameterisations: how a paper maps x to the arguments of kernel K1. One file each, nothing but arguments returned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from postformer.contract.affine import GDR
+from postformer.contract.context import Context
+from postformer.contract.state import State
+from postformer.design.base import nearest
+from postformer.design.cost import Cost
+
+T = TypeVar("T", bound="type[Rule]")
+BUILT_IN = ("qkv", "mamba2", "rwkv7", "hgrn2", "mlstm")
+_rules: dict[str, Any] = {}
+
+
+class Rule(nn.Module):
+    """x [B, T, D] -> (GDR, local state). Reads what earlier sites published only through ctx.shared."""
+
+    micro_flops: ClassVar[float] = 4.0
+    """FLOPs per dim_key x dim_value and token of the recurrence: 2 each for erase, write, add, read"""
+    four: ClassVar[tuple[str, str, str, str]] = ("", "", "", "")
+    """memory, inner loss, retention, update: the four choices in words, for `explain`"""
+    columns: int
+    """Columns of the state per head: dim_value, + 1 with a normaliser"""
+
+    def forward(self, x: Tensor, local: State, ctx: Context) -> tuple[GDR, State]:
+        raise NotImplementedError
+
+    def initial(self, batch: int) -> State:
+        return None
+
+    @classmethod
+    def cost(cls, design: Any, site: Any) -> Cost:
+        """Projections, local mixing and its state; without the kernel and the read."""
+        raise NotImplementedError
+
+
+def rule(name: str) -> Callable[[T], T]:
+    """Class decorator: register a parameterisation."""
+    def add(cls: T) -> T:
+        _rules[name] = cls
+        return cls
+    return add
+
+
+def resolve(name: str) -> Any:
+    """The parameterisation of this name. ValueError for an unknown one."""
+    if name not in _rules and name in BUILT_IN:
+        import_module(f"{__name__}.{name}")
+    if name not in _rules:
+        raise ValueError(f"unknown parameterisation '{name}'.{nearest(name, {*_rules, *BUILT_IN})}")
+    return _rules[name]
+
+
+def heads(x: Tensor, count: int, repeat: int = 1) -> Tensor:
+    """[B, T, count * d] -> [B, count * repeat, T, d], each head repeated for its group."""
+    x = x.unflatten(-1, (count, -1)).transpose(1, 2)
+    return x.repeat_interleave(repeat, 1) if repeat > 1 else x

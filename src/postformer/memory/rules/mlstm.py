@@ -1,0 +1,82 @@
+"""mLSTM as in xLSTM-7B (2405.04517, 2503.13427): exponential input gate, sigmoid forget gate, running-maximum stabiliser.
+
+    m_t = max(log f_t + m_{t-1}, i_t);  g_t = log f_t + m_{t-1} - m_t <= 0;  k_add = exp(i_t - m_t) k_t
+    h_t = S_t^T q_t / max(|n_t . q_t|, exp(-m_t))          n is the state's column of ones
+
+The output does not depend on m, so m carries no gradient. Gates are soft-capped at 15.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from postformer.contract.affine import GDR
+from postformer.contract.context import Context, gates
+from postformer.contract.state import State
+from postformer.design.cost import Cost
+from postformer.kernels import max_plus_scan
+from postformer.memory.matrix_design import MatrixDesign
+from postformer.memory.rules import Rule, heads, rule
+from postformer.memory.rules.gates import fp32
+
+START, CAP = -1e30, 15.0
+
+
+def soft_cap(x: Tensor) -> Tensor:
+    return CAP * torch.tanh(x / CAP)
+
+
+@rule("mlstm")
+class MLstm(Rule):
+    four = ("matrix and its normaliser", "dot", "forget, per head, input-dependent", "gradient, exponential step")
+
+    def __init__(self, design: MatrixDesign, site: Any) -> None:
+        super().__init__()
+        self.heads, _, self.dim_key, dim_value = design.sizes(site.width)
+        self.forget_at, self.columns = design.forget_at, dim_value + 1
+        self.q = site.linear("q", site.width, self.heads * self.dim_key)
+        self.k = site.linear("k", site.width, self.heads * self.dim_key)
+        self.v = site.linear("v", site.width, self.heads * dim_value)
+        self.i = site.linear("i", site.width, self.heads, bias=True, role="gate")
+        self.f = site.linear("f", site.width, self.heads, bias=True, role="gate")
+        with torch.no_grad():
+            self.i.bias.fill_(-10)
+            self.f.bias.copy_(torch.linspace(3, 6, self.heads))
+
+    def initial(self, batch: int) -> State:
+        dtype = torch.float64 if self.i.weight.dtype == torch.float64 else torch.float32
+        return self.i.weight.new_full((batch, self.heads), START, dtype=dtype)
+
+    def forward(self, x: Tensor, local: State, ctx: Context) -> tuple[GDR, State]:
+        i, f = soft_cap(fp32(self.i(x))), F.logsigmoid(soft_cap(fp32(self.f(x))))
+        tick, write = gates(ctx)
+        with torch.no_grad():
+            seen = i if write is None else torch.where(write[..., None] > 0, i, START)
+            time = f if tick is None else f * tick[..., None].to(f.dtype)
+            reset = ctx.reset(self.forget_at)
+            m = max_plus_scan(time.detach(), seen.detach(), local, reset=reset)
+            before = torch.cat([local[:, None], m[:, :-1]], 1)
+            if reset is not None:
+                before = before.masked_fill(reset[..., None], START)
+            shift = (before - m).clamp(min=START)
+        g = (f + shift).clamp_max(0)
+        gain = torch.exp((i - m).clamp_max(0))
+        q = heads(self.q(x), self.heads) * self.dim_key**-0.5
+        v = heads(self.v(x), self.heads)
+        rule = GDR(q, g.transpose(1, 2)[..., None],
+                   k_add=heads(self.k(x), self.heads) * gain.transpose(1, 2)[..., None].to(x.dtype),
+                   v_add=torch.cat([v, torch.ones_like(v[..., :1])], -1),
+                   aux={"floor": torch.exp(-m.clamp(-80, 80)).transpose(1, 2)[..., None]})
+        return rule, m[:, -1]
+
+    @classmethod
+    def cost(cls, design: MatrixDesign, site: Any) -> Cost:
+        count, _, dim_key, dim_value = design.sizes(site.width)
+        total = sum((site.linear_cost(site.width, count * d) for d in (dim_key, dim_key, dim_value)), Cost())
+        total += site.linear_cost(site.width, count, bias=True, role="gate")
+        total += site.linear_cost(site.width, count, bias=True, role="gate")
+        return total + Cost(state=4 * count)

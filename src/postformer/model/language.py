@@ -1,0 +1,114 @@
+"""The language model: embedding, stack, head, and the state that generation carries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from postformer.contract.context import EMPTY, Context
+from postformer.contract.state import State
+from postformer.design.grammar import Model
+from postformer.layers.norm import make_norm
+from postformer.model.site import Ledger, Role
+from postformer.model.stack import Stack
+
+
+class LMState(NamedTuple):
+    stack: State
+    next: Tensor
+    """[B] int64: position of the next token in its document"""
+
+
+class LMOutput(NamedTuple):
+    logits: Tensor
+    """[B, T, vocab], or [N, vocab] for the selected tokens"""
+    state: LMState
+    losses: Mapping[str, Tensor] = EMPTY
+    emitted: State = None
+    published: Mapping[str, Any] = EMPTY
+
+
+def positions(start: Tensor, length: int, ctx: Context) -> tuple[Tensor, Tensor]:
+    """(position [B, T] of each token in its document, position [B] of the token after the call).
+
+    Invalid tokens do not count; a document boundary starts again at zero.
+    """
+    valid = torch.ones(start.shape[0], length, dtype=torch.long, device=start.device)
+    if ctx.valid is not None:
+        valid = ctx.valid.long()
+    before = valid.cumsum(1) - valid
+    reset = ctx.reset("document")
+    if reset is None:
+        position = before + start[:, None]
+    else:
+        base = before.masked_fill(~reset, 0).cummax(1).values
+        first = reset.long().cumsum(1) == 0
+        position = before - base + torch.where(first, start[:, None], 0)
+    return position, position[:, -1] + valid[:, -1]
+
+
+class LanguageModel(nn.Module):
+    """Tokens [B, T] -> logits. Any split of the tokens, with the state carried, gives the same logits."""
+
+    def __init__(self, design: Model) -> None:
+        super().__init__()
+        self.design = design
+        ledger = Ledger()
+        self.embedding = nn.Embedding(design.vocab, design.width)
+        nn.init.normal_(self.embedding.weight, 0, design.width**-0.5)
+        self.embedding_norm = make_norm(design.embedding.norm, design.width)
+        self.stack = Stack(design, ledger)
+        self.head = None if design.embedding.tie else nn.Linear(design.width, design.vocab, bias=False)
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, 0, design.width**-0.5)
+        scale = design.embedding.scale
+        self.scale = float(design.width**0.5 if scale == "sqrt-width" else scale)
+        self._roles = {name: ledger.roles.get(id(p)) for name, p in self.named_parameters()}
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return self.stack.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self.stack.gradient_checkpointing = value
+
+    def roles(self) -> dict[str, Role]:
+        """How an optimiser shall treat each parameter, by name."""
+        found = {}
+        for name, made in self._roles.items():
+            fallback = Role("embedding", False) if name.startswith("embedding.") else \
+                Role("head", True) if name.startswith("head.") else Role("norm", False)
+            found[name] = made or fallback
+        return found
+
+    def initial(self, batch: int) -> LMState:
+        """The state before the first token."""
+        device = self.embedding.weight.device
+        return LMState(self.stack.initial(batch), torch.zeros(batch, dtype=torch.long, device=device))
+
+    def forward(self, tokens: Tensor, state: LMState | None = None, ctx: Context | None = None, *,
+                select: Tensor | None = None) -> LMOutput:
+        """tokens [B, T] int64; select [B, T] bool: logits only there, as [N, vocab]. Positions are set here."""
+        ctx = ctx or Context()
+        state = self.initial(tokens.shape[0]) if state is None else state
+        if ctx.position is None:
+            position, following = positions(state.next, tokens.shape[1], ctx)
+            ctx = ctx.replace(position=position)
+        else:
+            step = 1 if ctx.valid is None else ctx.valid[:, -1].long()
+            following = ctx.position[:, -1] + step
+        x = self.embedding(tokens)
+        if self.scale != 1:
+            x = x * self.scale
+        if ctx.valid is not None:
+            x = x.masked_fill(~ctx.valid[..., None], 0)
+        out = self.stack(self.embedding_norm(x), state.stack, ctx)
+        y = out.y if select is None else out.y[select]
+        logits = y @ self.embedding.weight.T if self.head is None else self.head(y)
+        if cap := self.design.head.softcap:
+            logits = cap * torch.tanh(logits / cap)
+        return LMOutput(logits, LMState(out.state, following), out.losses, out.emitted, out.published)

@@ -1,0 +1,100 @@
+"""The site that builds: hands a mixer its linear maps, parameters, children and stack-owned parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from postformer.contract.mixer import Mixer
+from postformer.design import registry
+from postformer.design.base import Design
+from postformer.design.place import Place
+
+Kind = Literal["matrix", "embedding", "head", "gate", "norm", "bias"]
+
+
+@dataclass(frozen=True)
+class Role:
+    """How an optimiser shall treat a parameter."""
+
+    kind: Kind
+    decay: bool
+
+
+class Tied:
+    """A parameter that the stack owns, reached from a mixer without being registered there."""
+
+    def __init__(self, owner: nn.ParameterDict, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __call__(self) -> Tensor:
+        return self.owner[self.name]
+
+
+class Ledger:
+    """What the sites of one model have made: the roles of parameters, and the stack's tied parameters."""
+
+    def __init__(self) -> None:
+        self.roles: dict[int, Role] = {}
+        self.tied = nn.ParameterDict()
+
+
+@dataclass(frozen=True)
+class BuildSite(Place):
+    """A place that can build."""
+
+    ledger: Ledger = field(default_factory=Ledger)
+
+    @classmethod
+    def at(cls, place: Place, ledger: Ledger) -> BuildSite:
+        return cls(**{f: getattr(place, f) for f in place.__dataclass_fields__ if f != "ledger"}, ledger=ledger)
+
+    def linear(self, name: str, d_in: int, d_out: int, *, bias: bool = False, role: str = "projection") -> nn.Module:
+        """A linear map of this role: dense, LoRA, ternary as the design says. Maps named `out` start smaller with depth."""
+        made = nn.Linear(d_in, d_out, bias=bias)
+        std = d_in**-0.5 / (3**0.5)
+        if name == "out":
+            std /= (2 * self.num_layers) ** 0.5
+        nn.init.normal_(made.weight, 0, std)
+        self.ledger.roles[id(made.weight)] = Role("matrix" if role != "gate" else "gate", True)
+        if made.bias is not None:
+            nn.init.zeros_(made.bias)
+            self.ledger.roles[id(made.bias)] = Role("bias", False)
+        return made
+
+    def parameter(self, name: str, shape: Sequence[int], init: Callable[[Tensor], Any], *, role: str = "gate",
+                  decay: bool = False) -> nn.Parameter:
+        """A parameter of the mixer's own."""
+        made = nn.Parameter(torch.empty(*shape))
+        with torch.no_grad():
+            init(made)
+        self.ledger.roles[id(made)] = Role("gate" if role == "gate" else "norm", decay)
+        return made
+
+    def tied(self, name: str, shape: Sequence[int], init: Callable[[Tensor], Any]) -> Callable[[], Tensor]:
+        """One parameter for all uses of this mixer, owned by the stack."""
+        key = f"{name}-{'x'.join(map(str, shape))}"
+        if key not in self.ledger.tied:
+            made = self.parameter(name, shape, init)
+            self.ledger.tied[key] = made
+            self.ledger.roles[id(self.ledger.tied[key])] = Role("gate", False)
+        return Tied(self.ledger.tied, key)
+
+    def build(self, design: Design, name: str, width: int | None = None) -> Mixer:
+        """A child mixer, through the registry."""
+        return build_mixer(design, replace(self, **vars_of(self.child(name, width))))
+
+
+def vars_of(place: Place) -> dict[str, Any]:
+    return {f: getattr(place, f) for f in Place.__dataclass_fields__}
+
+
+def build_mixer(design: Any, site: BuildSite) -> Mixer:
+    """Any mixer, through the registry; it knows its own design afterwards."""
+    mixer = registry.resolve(design.kind)(design, site)
+    mixer.design = design
+    return mixer
