@@ -14,7 +14,7 @@ profile = settings(derandomize=True, deadline=None, max_examples=100, database=N
 def gradients(fn, *args):
     args = [x.clone().requires_grad_() for x in args]
     outputs = fn(*args)
-    outputs = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,))]
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     rng = torch.Generator().manual_seed(1)
     loss = sum((x * torch.randn(x.shape, generator=rng, dtype=x.dtype)).sum() for x in outputs)
     (loss.real if loss.is_complex() else loss).backward()
@@ -31,9 +31,12 @@ def assert_close(found, expected, relative):
        resets=st.booleans(), shared=st.booleans(), seed=st.integers(0, 99))  # fmt: skip
 def test_scan_equals_tokens(T, dtype, resets, shared, seed):
     rng = torch.Generator().manual_seed(seed)
-    a = 0.9 * torch.randn(2, T, 1 if shared else 3, 2, generator=rng, dtype=dtype).clamp(-1, 1) if not dtype.is_complex \
-        else torch.polar(torch.rand(2, T, 1 if shared else 3, 2, generator=rng, dtype=torch.float64),
-                         torch.randn(2, T, 1 if shared else 3, 2, generator=rng, dtype=torch.float64))  # fmt: skip
+    shape = (2, T, 1 if shared else 3, 2)
+    if dtype.is_complex:
+        size, angle = (torch.rand(shape, generator=rng, dtype=torch.float64) for _ in range(2))
+        a = torch.polar(size, 6 * angle)
+    else:
+        a = torch.rand(shape, generator=rng, dtype=dtype) * 2 - 1
     b, h0 = (torch.randn(2, *n, 3, 2, generator=rng, dtype=dtype) for n in ((T,), ()))
     reset = torch.rand(2, T, generator=rng) < 0.2 if resets else None
     found = gradients(lambda a, b, h: scan(a, b, h, reset, "parallel"), a, b, h0)
@@ -132,7 +135,7 @@ def test_selective_scan_documents_and_identity_tokens():
 
 
 def test_selective_scan_names_wrong_shapes():
-    x, dt, A, B, C, h0 = selective_inputs(5)
+    x, dt, A, B, C, _ = selective_inputs(5)
     with pytest.raises(ValueError, match="give both"):
         selective_scan(x, dt[:, :4], A, B, C)
     with pytest.raises(ValueError, match="B has shape"):

@@ -65,7 +65,7 @@ def visibility(
 
 def _reference(q, k, v, seen: Tensor | None, key_bias: Tensor | None, scale: float) -> Tensor:
     """Query by query over its visible keys alone, so that a FLOP counter sees 2 (d + dv) per head and visible key."""
-    (B, Hq, T, d), Hk = q.shape, k.shape[1]
+    (B, Hq, T, _), Hk = q.shape, k.shape[1]
     q = q.unflatten(1, (Hk, Hq // Hk)) * scale
     rows = []
     for t in range(T):
@@ -85,7 +85,7 @@ def _reference(q, k, v, seen: Tensor | None, key_bias: Tensor | None, scale: flo
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
     """Causal attention to the last `window` tokens in O(T * window): each block of queries reads two blocks of keys."""
-    B, Hq, T, _ = q.shape
+    B, _, T, _ = q.shape
     block = max(window, min(SMALLEST_BLOCK, T))
     pad = (-T) % block
     q, k, v = (F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, block)) for x in (q, k, v))
@@ -148,7 +148,7 @@ def attention(
     Raises:
         ValueError: shapes do not fit.
     """
-    B, Hq, T, d = q.shape
+    _, Hq, T, d = q.shape
     S = k.shape[2]
     _check(q, k, v, window, {
         "key_position": (key_position, S), "query_position": (query_position, T), "key_segment": (key_segment, S),

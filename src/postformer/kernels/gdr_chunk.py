@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .gdr_head import HeadChunks
+
 RESET = -1e4
 """A log-decay whose exponential is exactly zero in fp32 and fp64, and which can still be added to others."""
 
@@ -31,33 +33,6 @@ def _before(x: Tensor) -> Tensor:
 def _after(x: Tensor) -> Tensor:
     """sum_{j>i} x_j over dim -2."""
     return _before(x.flip(-2)).flip(-2)
-
-
-class _HeadDecay(torch.autograd.Function):
-    """g [..., C] -> [..., C, C+1]: exp(sum of g_j for c <= j <= t) at [t, c] where c <= t + 1, else 0.
-
-    Column 0 is the decay since the chunk's start, column i + 1 the decay since token i. Sums are products with a
-    triangle of ones: they only add, and on a CPU they beat a cumulative sum along a strided dimension.
-    """
-
-    @staticmethod
-    def forward(ctx, g: Tensor) -> Tensor:
-        C = g.shape[-1]
-        ones = torch.ones(C, C + 1, dtype=torch.bool, device=g.device)
-        own = ones.tril(0)
-        summed = torch.ones(C, C, dtype=g.dtype, device=g.device).tril() @ (g.unsqueeze(-1) * own)
-        decay = summed.masked_fill_(~ones.tril(1), float("-inf")).exp_()
-        ctx.save_for_backward(decay)
-        return decay
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (decay,) = ctx.saved_tensors
-        C = decay.shape[-2]
-        own = torch.ones(C, C + 1, dtype=grad.dtype, device=grad.device).tril(0)
-        up = torch.ones(C, C, dtype=grad.dtype, device=grad.device).triu()
-        return ((up @ (grad * decay)) * own).sum(-1)
 
 
 def decay_triangle(rows: Tensor, cols: Tensor, g: Tensor, inner: Tensor, exclusive: int) -> Tensor:
@@ -75,9 +50,8 @@ def decay_triangle(rows: Tensor, cols: Tensor, g: Tensor, inner: Tensor, exclusi
         to_row = hi.cumsum(-2).exp().unsqueeze(-2)
         if exclusive:
             early = _before(hi).exp().unsqueeze(-2)
-            to_row = early if Rr == exclusive else torch.cat(
-                [early.expand(*early.shape[:-2], exclusive, -1), to_row.expand(*early.shape[:-2], Rr - exclusive, -1)], -2
-            )
+            later = to_row.expand(*to_row.shape[:-2], Rr - exclusive, -1)
+            to_row = torch.cat([early.expand(*early.shape[:-2], exclusive, -1), later], -2)
         upper = rows.unflatten(-3, (C // (2 * s), 2, s)).select(-4, 1) * to_row
         lower = cols.unflatten(-3, (C // (2 * s), 2, s)).select(-4, 0) * _after(lo).exp().unsqueeze(-2)
         block = upper.flatten(-3, -2) @ lower.flatten(-3, -2).mT
@@ -102,9 +76,7 @@ class _ChunkStates(torch.autograd.Function):
         d = None if w is None else torch.empty_like(u)
         for n in range(N):
             now, later = S[n], S[n + 1]
-            if decay is None:
-                later.copy_(now) if add is None else torch.add(now, add[n], out=later)
-            elif add is None:
+            if add is None:
                 torch.mul(now, decay[n], out=later)
             else:
                 torch.addcmul(add[n], now, decay[n], out=later)
@@ -128,18 +100,11 @@ class _ChunkStates(torch.autograd.Function):
         grad_u = None if w is None else torch.empty_like(d)
         for n in range(N - 1, -1, -1):
             later, now = carry[n + 1], carry[n]
-            if decay is None:
-                torch.add(grad_S[n], later, out=now)
-            else:
-                torch.addcmul(grad_S[n], later, decay[n], out=now)
+            torch.addcmul(grad_S[n], later, decay[n], out=now)
             if w is not None:
                 torch.baddbmm(grad_d[n], w[n], later, out=grad_u[n])
                 now.baddbmm_(e[n].mT, grad_u[n], alpha=-1)
-        grad_decay = grad_w = grad_e = None
-        if decay is not None and ctx.needs_input_grad[0]:
-            grad_decay = (S[:N] * carry[1:]).sum(-1, keepdim=True)
-            if decay.shape[-2] == 1:
-                grad_decay = grad_decay.sum(-2, keepdim=True)
+        grad_decay, grad_w, grad_e = (S[:N] * carry[1:]).sum(-1, keepdim=True), None, None
         if w is not None:
             grad_w = d @ carry[1:].mT
             grad_e = -(grad_u @ S[:N].mT)
@@ -151,81 +116,56 @@ def _fold(x: Tensor, rows: int, pad: int) -> Tensor:
     if pad:
         x = F.pad(x, (0, 0, 0, pad))
     B, H, L, d = x.shape
-    return x.unflatten(2, (L // rows, rows)).permute(2, 0, 1, 3, 4).reshape(L // rows, B * H, rows, d)
+    return x.unflatten(2, (L // rows, rows)).permute(2, 0, 1, 3, 4).reshape(L // rows, B * H, rows, d).contiguous()
 
 
-class _Decays:
-    """All decays of a chunk in the three forms that the chunk equations need, for none, one per head, one per channel."""
+def _micro(factor: Tensor, early: Tensor | None, per_token: int) -> Tensor:
+    """[..., C, d] for each of a token's rows; the first of them takes `early` where that is given."""
+    if per_token == 1:
+        return factor if early is None else early
+    rows = [factor] * per_token if early is None else [early] + [factor] * (per_token - 1)
+    return torch.stack(rows, -2).flatten(-3, -2)
 
-    def __init__(self, g: Tensor | None, C: int, like: Tensor):
-        self.kind = "none" if g is None else "head" if g.shape[-1] == 1 else "channel"
-        self.g, self.C, self.like = g, C, like
-        if self.kind == "head":
-            self.table = _HeadDecay.apply(g.squeeze(-1))  # [N, G, C, C+1]
-        elif self.kind == "channel":
-            self.inclusive = g.cumsum(-2).exp()
 
-    def from_start(self, x: Tensor, per_token: int, exclusive: int) -> Tensor:
-        """Rows times the decay since the chunk's start; the first `exclusive` rows of a token without its own decay."""
-        if self.kind == "none":
-            return x
-        factor = self.table[..., :1] if self.kind == "head" else self.inclusive
-        if exclusive:
-            early = F.pad(factor, (0, 0, 1, 0), value=1.0)[..., :-1, :] if self.kind == "head" else _before(self.g).exp()
-            parts = [early] * exclusive + [factor] * (per_token - exclusive)
-            factor = torch.stack(parts, -2).flatten(-3, -2) if per_token > 1 else early
-        elif per_token > 1:
-            factor = factor.repeat_interleave(per_token, -2)
-        return x * factor
+def _channel_chunks(q, g, w, e, u, k, v, start, R: int, early_erase: bool, early_read: bool) -> tuple[Tensor, Tensor]:
+    """One decay per key channel; folded arguments, g [N, G, C, dk]. Returns o and the states as `HeadChunks` does."""
+    C, dv = q.shape[-2], start.shape[-1]
+    inclusive, to_end = g.cumsum(-2).exp(), _after(g).exp()
+    before = _before(g).exp() if early_erase or early_read else None
+    own = torch.ones(R, R, dtype=q.dtype, device=q.device).tril(-1)
 
-    def to_end(self, x: Tensor, per_token: int) -> Tensor:
-        """Rows times the decay from after their token to the chunk's end."""
-        if self.kind == "none":
-            return x
-        factor = self.table[..., -1, 1:, None] if self.kind == "head" else _after(self.g).exp()
-        return x * (factor.repeat_interleave(per_token, -2) if per_token > 1 else factor)
+    def rows(x: Tensor, per_token: int) -> Tensor:
+        return x.unflatten(-2, (C, per_token))
 
-    def whole(self) -> Tensor | None:
-        """The chunk's decay as a factor on the state, [N, G, 1 or dk, 1]."""
-        if self.kind == "none":
-            return None
-        return self.table[..., -1:, :1] if self.kind == "head" else self.inclusive[..., -1, :, None]
+    def read(cols: Tensor) -> Tensor:
+        inner = rows(q, 1) @ rows(cols, R).mT
+        inner = torch.zeros_like(inner) if early_read else inner
+        return decay_triangle(rows(q, 1), rows(cols, R), g, inner, int(early_read))
 
-    def triangle(self, rows: Tensor, cols: Tensor, per_row: int, per_col: int, strict: bool, exclusive: int) -> Tensor:
-        """rows cols^T with the decay between them; columns after the row (strict: and the row's own) are zero.
+    def erased(cols: Tensor) -> Tensor:
+        inner = (rows(e, R) @ rows(cols, R).mT) * own
+        return decay_triangle(rows(e, R), rows(cols, R), g, inner, int(early_erase))
 
-        `exclusive`: how many leading rows of each token come before the token's own decay and updates.
-        """
-        C, like = self.C, self.like
-        if self.kind == "channel":
-            rows, cols = rows.unflatten(-2, (C, per_row)), cols.unflatten(-2, (C, per_col))
-            inner = rows @ cols.mT
-            mask = torch.ones(per_row, per_col, dtype=torch.bool, device=like.device)
-            if strict:  # rows are micro-steps themselves
-                mask = mask.tril(-1)
-            elif exclusive:
-                mask = torch.zeros_like(mask)
-            return decay_triangle(rows, cols, self.g, inner * mask, exclusive)
-        product = rows @ cols.mT
-        step = torch.arange(C, device=like.device)
-        row, col = step.repeat_interleave(per_row), step.repeat_interleave(per_col)
-        if strict:
-            visible = torch.ones(C * per_row, C * per_col, dtype=torch.bool, device=like.device).tril(-1)
-        else:
-            visible = row[:, None] > col if exclusive else row[:, None] >= col
-        if self.kind == "none":
-            return product * visible.to(product.dtype)
-        table = self.table[..., 1:]
-        if exclusive:
-            early = F.pad(table, (0, 0, 1, 0))[..., :-1, :]
-            parts = [early] * exclusive + [table] * (per_row - exclusive)
-            table = torch.stack(parts, -2).flatten(-3, -2) if per_row > 1 else early
-        elif per_row > 1:
-            table = table.repeat_interleave(per_row, -2)
-        if per_col > 1:
-            table = table.repeat_interleave(per_col, -1)
-        product = product * table
-        return product * visible.to(product.dtype) if strict else product
+    o_local = add = w_end = probe = target = None
+    if k is not None:
+        o_local = read(k) @ v
+        add = (k * _micro(to_end, None, R)).mT @ v
+    if w is not None:
+        target = q.new_zeros(*w.shape[:-1], dv) if u is None else u
+        if k is not None:
+            target = target - erased(k) @ v
+        from_start = e * _micro(inclusive, before if early_erase else None, R)
+        # The diagonal of A is zero and is read as one.
+        solved = torch.linalg.solve_triangular(
+            erased(w), torch.cat([target, from_start], -1), upper=False, unitriangular=True
+        )
+        target, probe = solved.split((dv, e.shape[-1]), -1)
+        w_end = w * _micro(to_end, None, R)
+    S, d = _ChunkStates.apply(inclusive[..., -1, :, None], w_end, probe, target, add, start)
+    o = (q * _micro(inclusive, before if early_read else None, 1)) @ S[:-1]
+    if w is not None:
+        o = o + read(w) @ d
+    return o if o_local is None else o + o_local, S
 
 
 def gdr_chunked(
@@ -247,7 +187,7 @@ def gdr_chunked(
 
     Returns (o, state, the state before every C-th token [N, B, H, dk, dv]).
     """
-    (B, H, T, dk), dv, R = q.shape, state.shape[-1], micro
+    (B, H, T, _), dv, R = q.shape, state.shape[-1], micro
     if reset is not None:
         cut = reset[:, None, :, None]
         if g is None:
@@ -262,33 +202,13 @@ def gdr_chunked(
             e = e.masked_fill(cut[..., None] & first[:, None], 0.0).flatten(2, 3)
     pad = (-T) % C
     q = _fold(q, C, pad)
-    decays = _Decays(None if g is None else _fold(g, C, pad), C, q)
+    g = None if g is None else _fold(g, C, pad)
     w, e, u, k_add, v_add = (None if x is None else _fold(x, C * R, pad * R) for x in (w, e, u, k_add, v_add))
-    late, early = int(read_before_update), int(erase_before_decay)
-
-    o_local = add = w_end = probe = target = None
-    if k_add is not None and v_add is not None:
-        o_local = decays.triangle(q, k_add, 1, R, False, late) @ v_add
-        add = decays.to_end(k_add, R).mT @ v_add
-    if w is not None and e is not None:
-        A = decays.triangle(e, w, R, R, True, early)
-        if k_add is not None:
-            seen = decays.triangle(e, k_add, R, R, True, early) @ v_add
-            target = -seen if u is None else u - seen
-        else:
-            target = q.new_zeros(*w.shape[:-1], dv) if u is None else u
-        # The diagonal of A is zero and is read as one.
-        solved = torch.linalg.solve_triangular(
-            A, torch.cat([target, decays.from_start(e, R, early)], -1), upper=False, unitriangular=True
-        )
-        target, probe = solved.split((dv, dk), -1)
-        w_end = decays.to_end(w, R)
-    S, d = _ChunkStates.apply(decays.whole(), w_end, probe, target, add, state.flatten(0, 1))
-    o = decays.from_start(q, 1, late) @ S[:-1]
-    if w is not None:
-        o = o + decays.triangle(q, w, 1, R, False, late) @ d
-    if o_local is not None:
-        o = o + o_local
+    rest = (w, e, u, k_add, v_add, state.flatten(0, 1), R, erase_before_decay, read_before_update)
+    if g is None or g.shape[-1] == 1:
+        o, S = HeadChunks.apply(q, None if g is None else g.squeeze(-1), *rest)
+    else:
+        o, S = _channel_chunks(q, g, *rest)
     o = o.unflatten(1, (B, H)).permute(1, 2, 0, 3, 4).reshape(B, H, T + pad, dv)[:, :, :T]
     S = S.unflatten(1, (B, H))
     return o, S[-1], S[:-1]

@@ -1,4 +1,4 @@
-"""The general diagonal + rank-one recurrence, token by token: what the parallel form is checked against, and decoding."""
+"""The general diagonal + rank-one recurrence token by token: what chunks are checked against, and how decoding runs."""
 
 from __future__ import annotations
 

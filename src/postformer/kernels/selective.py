@@ -12,7 +12,7 @@ from . import settings
 from .scan import _blocked, _linear
 
 BUDGET = 1 << 18
-"""Elements of a state history kept at a time, [Bt, L, D, N]: small enough for a cache, large enough to hide overhead."""
+"""Elements of a state history kept at a time, [Bt, L, D, N]: few enough to stay in a cache, many to hide overhead."""
 
 
 def _piece(x: Tensor, state: Tensor) -> int:

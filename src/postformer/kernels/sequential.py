@@ -95,7 +95,7 @@ def sequential(
         if gate is not None and gate.shape != sizes[0]:
             raise ValueError(f"sequential: {name} has shape {tuple(gate.shape)}; it must be {sizes[0]}")
     if checkpoint < 0 or (emit is not None and emit < 1):
-        raise ValueError(f"sequential: checkpoint={checkpoint} and emit={emit}; give checkpoint >= 0, emit >= 1 or None")
+        raise ValueError(f"sequential: checkpoint={checkpoint} and emit={emit}; give checkpoint >= 0, emit >= 1")
     T = sizes[0][1]
 
     def run(start: int, stop: int, x: Tree, state: Tree, reset: Tensor | None, write: Tensor | None):

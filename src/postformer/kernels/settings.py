@@ -23,7 +23,8 @@ class Settings:
     decay_scale: float = 1.0
 
 
-_current: ContextVar[Settings] = ContextVar("postformer_kernel_settings", default=Settings())
+DEFAULT = Settings()
+_current: ContextVar[Settings] = ContextVar("postformer_kernel_settings", default=DEFAULT)
 
 
 def current() -> Settings:

@@ -1,0 +1,250 @@
+"""Chunks of the recurrence where the decay is one number per head, or none: forward and hand-derived backward.
+
+Equations and legend as in `gdr_chunk`. One table per chunk holds every decay: [t, 0] since the chunk's start, [t, i+1]
+since token i. Both passes walk over a few chunks at a time and form each [C, C] matrix anew where it is needed, so that
+what lives from forward to backward is no larger than the inputs, and what is worked on stays in a cache.
+
+The backward pass needs the solve for one right-hand side only: with rho = (I + A)^-T (gradient of delta), the gradient
+of the target is rho, of A it is -rho delta^T, and of the erase rows against the chunk's first state -rho S_0^T.
+Gradients of log-decays are sums of (gradient * value) over all entries whose exponent contains them, never differences.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+WORKING_SET = 1 << 17
+"""Elements of one [C, C] matrix over heads and chunks worked on at a time: about ten of them should fit in a cache."""
+
+
+def decay_table(g: Tensor) -> Tensor:
+    """g [..., C] -> [..., C, C+1]: exp(sum of g_j over c <= j <= t) at [t, c] for c <= t + 1, else 0.
+
+    The sums are products with a triangle of ones: they only add, and on a CPU they beat a strided cumulative sum.
+    """
+    C = g.shape[-1]
+    ones = torch.ones(C, C + 1, dtype=torch.bool, device=g.device)
+    summed = torch.ones(C, C, dtype=g.dtype, device=g.device).tril() @ (g.unsqueeze(-1) * ones.tril())
+    return summed.masked_fill_(~ones.tril(1), float("-inf")).exp_()
+
+
+def _table_gradient(P: Tensor) -> Tensor:
+    """Gradient of g [..., C] from gradients of the table's exponents [..., C, C+1]."""
+    C = P.shape[-2]
+    ones = torch.ones(C, C + 1, dtype=P.dtype, device=P.device)
+    return ((ones[:, 1:].triu() @ P) * ones.tril()).sum(-1)
+
+
+def _rows(table: Tensor, per_token: int, early: bool) -> Tensor:
+    """The table's rows for each row of the tokens, the first of each token from before its decay if `early`."""
+    if not early:
+        return table if per_token == 1 else table.repeat_interleave(per_token, -2)
+    first = torch.zeros_like(table[..., :1, :])
+    first[..., 0] = 1
+    before = torch.cat([first, table[..., :-1, :]], -2)
+    return torch.stack([before] + [table] * (per_token - 1), -2).flatten(-3, -2) if per_token > 1 else before
+
+
+def _rows_gradient(P: Tensor, per_token: int, early: bool) -> Tensor:
+    """Transpose of `_rows`."""
+    P = P.unflatten(-2, (-1, per_token))
+    own = P[..., int(early) :, :].sum(-2)
+    if early:
+        own[..., :-1, :] += P[..., 1:, 0, :]
+    return own
+
+
+class _Tables:
+    """Decays of some chunks: reads and erases against columns and against the start, columns against the end."""
+
+    def __init__(self, g: Tensor | None, C: int, R: int, early_erase: bool, early_read: bool, like: Tensor):
+        self.R, self.early_erase, self.early_read = R, early_erase, early_read
+        self.decays = g is not None
+        if g is None:
+            table = torch.ones(C, C + 1, dtype=like.dtype, device=like.device).tril(1)
+        else:
+            table = decay_table(g)
+        read, erase = _rows(table, 1, early_read), _rows(table, R, early_erase)
+        self.read, self.erase = (x[..., 1:] if R == 1 else x[..., 1:].repeat_interleave(R, -1) for x in (read, erase))
+        if R > 1 or not early_erase:
+            self.erase = self.erase.tril(-1)
+        self.read_start, self.erase_start = read[..., :1], erase[..., :1]
+        end = table[..., -1, 1:, None]
+        self.end = end if R == 1 else end.repeat_interleave(R, -2)
+        self.whole = table[..., -1:, :1]
+
+    def scale(self, x: Tensor, factor: Tensor) -> Tensor:
+        return x * factor if self.decays else x
+
+    def gradient(self, read, erase, read_start, erase_start, end, whole) -> Tensor:
+        """Gradient of g from those of the exponents of all the factors (erase and erase_start may be None)."""
+
+        def micro(x: Tensor) -> Tensor:
+            return x if self.R == 1 else x.unflatten(-1, (-1, self.R)).sum(-1)
+
+        P = _rows_gradient(torch.cat([read_start, micro(read)], -1), 1, self.early_read)
+        if erase is not None:
+            P += _rows_gradient(torch.cat([erase_start, micro(erase)], -1), self.R, self.early_erase)
+        P[..., -1, 0] += whole
+        P[..., -1, 1:] += micro(end.squeeze(-1))
+        return _table_gradient(P)
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum(-1, keepdim=True)
+
+
+class HeadChunks(torch.autograd.Function):
+    """(q, g, w, e, u, k, v, start) -> (o [N, G, C, dv], S [N+1, G, dk, dv]), all folded; g is [N, G, C] or None."""
+
+    @staticmethod
+    def _pieces(N: int, G: int, C: int, R: int) -> list[slice]:
+        length = max(1, WORKING_SET // max(1, G * C * C * R))
+        return [slice(i, min(i + length, N)) for i in range(0, N, length)]
+
+    @staticmethod
+    def forward(ctx, q, g, w, e, u, k, v, start, R: int, early_erase: bool, early_read: bool):
+        (N, G, C, dk), dv = q.shape, start.shape[-1]
+        o = q.new_empty(N, G, C, dv)
+        S = q.new_empty(N + 1, G, dk, dv)
+        S[0] = start
+        delta = None if w is None else q.new_empty(N, G, C * R, dv)
+        probe = None if w is None else q.new_empty(N, G, C * R, dk)
+        for p in HeadChunks._pieces(N, G, C, R):
+            def flat(x, p=p):
+                return None if x is None else x[p].flatten(0, 1)
+
+            tables = _Tables(flat(g), C, R, early_erase, early_read, q)
+            q_, w_, e_, u_, k_, v_ = (flat(x) for x in (q, w, e, u, k, v))
+            added = target = w_end = None
+            if k is not None:
+                added = (tables.scale(k_, tables.end).mT @ v_).unflatten(0, (-1, G))
+            if w is not None:
+                target = torch.zeros_like(flat(delta)) if u is None else u_
+                if k is not None:
+                    target = target - ((e_ @ k_.mT) * tables.erase) @ v_
+                solved = torch.linalg.solve_triangular(
+                    (e_ @ w_.mT).mul_(tables.erase),  # the diagonal is read as one
+                    torch.cat([target, tables.scale(e_, tables.erase_start)], -1),
+                    upper=False,
+                    unitriangular=True,
+                ).unflatten(0, (-1, G))
+                target = solved[..., :dv]
+                probe[p] = solved[..., dv:]
+                w_end = tables.scale(w_, tables.end).unflatten(0, (-1, G))
+            whole = tables.whole.unflatten(0, (-1, G)) if tables.decays else None
+            for i, n in enumerate(range(p.start, p.stop)):
+                now, later = S[n], S[n + 1]
+                if added is None:
+                    later.copy_(now) if whole is None else torch.mul(now, whole[i], out=later)
+                elif whole is None:
+                    torch.add(now, added[i], out=later)
+                else:
+                    torch.addcmul(added[i], now, whole[i], out=later)
+                if w is not None:
+                    torch.baddbmm(target[i], probe[n], now, alpha=-1, out=delta[n])
+                    later.baddbmm_(w_end[i].mT, delta[n])
+            o_ = flat(o)
+            torch.bmm(tables.scale(q_, tables.read_start), flat(S), out=o_)
+            if w is not None:
+                o_.baddbmm_((q_ @ w_.mT).mul_(tables.read), flat(delta))
+            if k is not None:
+                o_.baddbmm_((q_ @ k_.mT).mul_(tables.read), v_)
+        ctx.save_for_backward(q, g, w, e, k, v, S, delta, probe)
+        ctx.flags = (R, early_erase, early_read)
+        return o, S
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_o, grad_S):
+        q, g, w, e, k, v, S, delta, probe = ctx.saved_tensors
+        R, early_erase, early_read = ctx.flags
+        N, G, C, _ = q.shape
+        grad_o, grad_S = grad_o.contiguous(), grad_S.contiguous()
+        out = [None if x is None else x.new_empty(x.shape) for x in (q, g, w, e, delta, k, v)]
+        carry = grad_S[N]
+        for p in reversed(HeadChunks._pieces(N, G, C, R)):
+            def flat(x, p=p):
+                return None if x is None else x[p].flatten(0, 1)
+
+            tables = _Tables(flat(g), C, R, early_erase, early_read, q)
+            q_, w_, e_, k_, v_, S_, delta_, go = (flat(x) for x in (q, w, e, k, v, S, delta, grad_o))
+            gq, gg, gw, ge, rho, gk, gv = (flat(x) for x in out)
+            B = B_add = gd = A = w_end = None
+            if w is not None:
+                B = (q_ @ w_.mT).mul_(tables.read)
+                A = (e_ @ w_.mT).mul_(tables.erase)
+                w_end = tables.scale(w_, tables.end).unflatten(0, (-1, G))
+                gd = (B.mT @ go).unflatten(0, (-1, G))
+            if k is not None:
+                B_add = (q_ @ k_.mT).mul_(tables.read)
+
+            # The only sequential part: `later[n]` is the gradient of the state after chunk n.
+            whole = tables.whole.unflatten(0, (-1, G)) if tables.decays else None
+            first = (tables.scale(q_, tables.read_start).mT @ go).unflatten(0, (-1, G))
+            first += grad_S[p]
+            later = torch.empty_like(first)
+            for n in range(first.shape[0] - 1, -1, -1):
+                later[n] = carry
+                if whole is None:
+                    first[n] += carry
+                else:
+                    first[n].addcmul_(carry, whole[n])
+                if w is not None:
+                    gd[n].baddbmm_(w_end[n], carry)
+                    first[n].baddbmm_(probe[p.start + n].mT, gd[n], alpha=-1)
+                carry = first[n]
+            later = later.flatten(0, 1)
+
+            torch.bmm(go, S_.mT, out=gq)
+            if tables.decays:
+                gq *= tables.read_start
+            read_start = _dot(q_, gq)
+            read = erase = erase_start = 0.0
+            end = 0.0
+            if w is not None:
+                rho.copy_(torch.linalg.solve_triangular(A.mT, gd.flatten(0, 1), upper=True, unitriangular=True))
+                grad = go @ delta_.mT
+                read = read + grad * B
+                grad *= tables.read
+                gq.baddbmm_(grad, w_)
+                torch.bmm(grad.mT, q_, out=gw)
+                grad = torch.bmm(rho, delta_.mT).neg_()
+                erase = erase + grad * A
+                grad *= tables.erase
+                torch.bmm(rho, S_.mT, out=ge).neg_()
+                if tables.decays:
+                    ge *= tables.erase_start
+                erase_start = _dot(e_, ge)
+                ge.baddbmm_(grad, w_)
+                gw.baddbmm_(grad.mT, e_)
+                part = tables.scale(delta_ @ later.mT, tables.end)
+                end = end + _dot(w_, part)
+                gw += part
+            if k is not None:
+                grad = go @ v_.mT
+                read = read + grad * B_add
+                grad *= tables.read
+                gq.baddbmm_(grad, k_)
+                torch.bmm(grad.mT, q_, out=gk)
+                torch.bmm(B_add.mT, go, out=gv)
+                gv.baddbmm_(tables.scale(k_, tables.end), later)
+                part = tables.scale(v_ @ later.mT, tables.end)
+                end = end + _dot(k_, part)
+                gk += part
+                if w is not None:
+                    A_add = (e_ @ k_.mT).mul_(tables.erase)
+                    grad = torch.bmm(rho, v_.mT).neg_()
+                    erase = erase + grad * A_add
+                    grad *= tables.erase
+                    ge.baddbmm_(grad, k_)
+                    gk.baddbmm_(grad.mT, e_)
+                    gv.baddbmm_(A_add.mT, rho, alpha=-1)
+            if tables.decays:
+                total = (S_ * later).sum((-2, -1)) * tables.whole[..., 0, 0]
+                erase = None if w is None else erase
+                gg.copy_(tables.gradient(read, erase, read_start, erase_start, end, total))
+        gq, gg, gw, ge, gu, gk, gv = out
+        return gq, gg, gw, ge, gu if ctx.needs_input_grad[4] else None, gk, gv, carry, None, None, None
