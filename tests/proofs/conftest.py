@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 _spec = importlib.util.spec_from_file_location("postformer_proofs_record", Path(__file__).with_name("record.py"))
-assert _spec is not None and _spec.loader is not None
+assert _spec is not None
+assert _spec.loader is not None
 _record = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_record)
 
