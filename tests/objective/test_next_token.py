@@ -1,5 +1,6 @@
 import math
 from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,10 +19,10 @@ class Table(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.table = nn.Parameter(torch.randn(vocab, vocab, generator=generator))
-        self.losses, self.vocabulary, self.seen = losses or {}, vocab, []
+        self.losses, self.design, self.seen = losses or {}, SimpleNamespace(vocab=vocab), []
 
     def hidden(self, tokens, ctx=None, *, select=None):
-        x = nn.functional.one_hot(tokens, self.vocabulary).float()
+        x = nn.functional.one_hot(tokens, self.design.vocab).float()
         return (x if select is None else x[select]), self.losses
 
     def logits(self, x):
@@ -80,7 +81,7 @@ def test_chunks_change_neither_loss_nor_gradient(masked):
 
 
 def test_auxiliary_losses_are_weighed_and_kept_out_of_the_reported_loss():
-    losses = {"router": torch.tensor(2.0), "halting": torch.tensor(5.0)}
+    losses = {"0.router": torch.tensor(2.0), "0.halting": torch.tensor(5.0)}
     batch = (torch.tensor([[0, 1]]), torch.tensor([[1, 1]]))
     plain, _ = NextToken().loss(Table(), batch)
     for auxiliary, extra in ((1.0, 7.0), (0.0, 0.0), ({"router": 0.1}, 5.2)):

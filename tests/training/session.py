@@ -1,4 +1,5 @@
-"""Run in a process of its own: train the small model in a directory, slowly if asked; argv: directory kind seconds."""
+"""Run in a process of its own: train a small language model in a directory; argv: directory, optimiser, seconds that
+each batch takes."""
 
 import sys
 import time
@@ -6,9 +7,11 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from fake import FakeModel
-
+# Importing registers the kinds also where the package is used from its source tree.
+import postformer.block.feedforward
+import postformer.memory.matrix  # noqa: F401
+from postformer import design
+from postformer.model import build
 from postformer.objective import Batch, NextToken
 from postformer.training import TrainConfig, Trainer, TrainingError
 
@@ -25,8 +28,16 @@ def batch_at(step):
 config = TrainConfig(
     steps=30, batch_size=4, length=12, accumulate=2, optimiser={"kind": kind, "learning_rate": 0.01}, checkpoint_every=4
 )
+memory = {
+    "kind": "matrix", "loss": "l2", "retention": {"per": "head", "gate": "mamba"},
+    "update": {"kind": "gradient", "rate": "sigmoid"}, "heads": {"value": 2, "dim_key": 8, "dim_value": 8},
+    "features": "l2norm", "local": "conv4", "read": "gated-norm",
+}
+recipe = design.load({"name": "small", "model": {
+    "width": 16, "memory": memory, "feedforward": {"kind": "swiglu"}, "num_layers": 1}})
+model = build(recipe.model, seed=0)
 directory.mkdir(exist_ok=True)
-trainer = Trainer(FakeModel(), NextToken(), batch_at, config, directory=directory, bytes_per_token=1, progress="quiet")
+trainer = Trainer(model, NextToken(), batch_at, config, directory=directory, bytes_per_token=1, progress="quiet")
 trainer.restore()
 try:
     trainer.train()

@@ -20,7 +20,8 @@ from postformer.objective.batch import IGNORE, Batch
 class NextToken:
     """Cross-entropy of given targets, in nats per scored token, plus the model's auxiliary losses.
 
-    `auxiliary` weighs the auxiliary losses: one number for all, or a number by name (names not given: 1).
+    `auxiliary` weighs the auxiliary losses: one number for all, or a number by name, e.g. "router" for the sum over all
+    layers or "3.router" for layer 3 (names not given: 1).
     `chunk_elements` bounds the logits that exist at once: where rows * vocabulary is larger, the logits are made,
     scored and dropped chunk by chunk, and made again in the backward pass.
     """
@@ -73,14 +74,17 @@ class NextToken:
         return cross_entropy + extra, metrics
 
     def _weight_of(self, name: str) -> float:
-        return self.auxiliary.get(name, 1.0) if isinstance(self.auxiliary, Mapping) else self.auxiliary
+        if not isinstance(self.auxiliary, Mapping):
+            return self.auxiliary
+        return self.auxiliary.get(name, self.auxiliary.get(name.rsplit(".", 1)[-1], 1.0))
 
     def _chunks(self, model: nn.Module, rows: int) -> bool:
-        vocabulary = getattr(model, "vocabulary", None)
-        return vocabulary is not None and hasattr(model, "hidden") and rows * vocabulary > self.chunk_elements
+        if not (hasattr(model, "hidden") and hasattr(model, "logits")):
+            return False
+        return rows * model.design.vocab > self.chunk_elements
 
     def _in_chunks(self, model: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        rows = max(1, self.chunk_elements // model.vocabulary)
+        rows = max(1, self.chunk_elements // model.design.vocab)
 
         def part(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             return _score(model.logits(x), t)

@@ -24,13 +24,18 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsFile:
-    """Appends lines; opened at step n, it first drops what a killed run wrote after its checkpoint n."""
+    """Appends lines; opened at step n, it first drops what a killed run wrote after its checkpoint n.
+
+    `last` is the newest line or None, `speeds` the tokens per second of every step.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        self.lines = [line for line in read(path) if line["step"] <= step]
+        lines = [line for line in read(path) if line["step"] <= step]
+        self.last: dict[str, Any] | None = lines[-1] if lines else None
+        self.speeds: list[float] = [line["tokens_per_s"] for line in lines]
         with space_needed(path.parent, path.name):
-            write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
+            write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
             self.file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def append(self, line: dict[str, Any]) -> None:
@@ -38,7 +43,8 @@ class MetricsFile:
         with space_needed(self.path.parent, self.path.name):
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
-        self.lines.append(line)
+        self.last = line
+        self.speeds.append(line["tokens_per_s"])
 
     def sync(self) -> None:
         """Wait until all lines are on the disk."""

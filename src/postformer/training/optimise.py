@@ -127,14 +127,14 @@ class Optimisers:
             raise KeyError(f"optimiser state of unknown parameters {sorted(unknown)[:3]}")
         for optimiser in self.optimisers:
             optimiser.state.clear()
-            for group in optimiser.param_groups:
-                for name, parameter in zip(group["names"], group["params"], strict=True):
-                    own = {k.rsplit("|", 1)[1]: v for k, v in tensors.items() if k.rsplit("|", 1)[0] == name}
-                    for key, value in own.items():
-                        # Fresh memory: kernels may round differently on the odd addresses of a mapped file.
-                        target = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(
-                            value, device=parameter.device)
-                        optimiser.state[parameter][key] = target.copy_(value)
+        owner = {id(p): o for o in self.optimisers for group in o.param_groups for p in group["params"]}
+        for path, value in tensors.items():
+            name, key = path.rsplit("|", 1)
+            parameter = self.names[name]
+            # Fresh memory: kernels may round differently on the odd addresses of a mapped file.
+            like = parameter if value.shape == parameter.shape else value
+            target = torch.empty_like(like, dtype=value.dtype, device=parameter.device)
+            owner[id(parameter)].state[parameter][key] = target.copy_(value)
 
 
 def _can_fuse(parameters: Mapping[str, Tensor]) -> bool:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from postformer.design import Recipe
 from postformer.objective import Batch, NextToken
+from postformer.training import run
 from postformer.training.config import TrainConfig
 from postformer.training.memory import out_of_memory, peak_memory
 from postformer.training.progress import duration
-from postformer.training.run import Source, build_model, check_vocabulary, device_of
+from postformer.training.run import Source
 from postformer.training.trainer import Trainer
 
 MIB = 2**20
@@ -58,8 +59,8 @@ def plan(recipe: Recipe, source: Source, config: TrainConfig) -> Plan:
 
     source: of `corpus_source` or `task_source`. Raises OutOfMemory if even that does not fit.
     """
-    check_vocabulary(recipe, source.vocab)
-    return plan_model(build_model(recipe, config.seed).to(device_of(config)), source.batch_at, config)
+    run.check_vocabulary(recipe, source.vocab)
+    return plan_model(run.build_model(recipe, config.seed).to(run.device_of(config)), source.batch_at, config)
 
 
 def plan_model(model: nn.Module, batch_at, config: TrainConfig) -> Plan:

@@ -78,10 +78,11 @@ def train_task(
 
 
 def resume(directory: str | Path, *, corpus: Corpus | None = None, task: Task | None = None,
-           progress: str = "auto") -> Result:
+           time_limit: float | None = None, progress: str = "auto") -> Result:
     """Continue the run in a directory from its newest checkpoint; a finished run returns its result.
 
-    corpus or task: if the one recorded cannot be loaded by name. Raises as `train_language`.
+    corpus or task: if the one recorded cannot be loaded by name. time_limit: of this session, in seconds; that of
+    earlier ones is not inherited. Raises as `train_language`.
     """
     directory = Path(directory)
     run = record.read_run(directory)
@@ -89,7 +90,7 @@ def resume(directory: str | Path, *, corpus: Corpus | None = None, task: Task | 
     if done is not None and done.status == "finished" and done.step >= done.steps:
         return done
     recipe = record.read_recipe(directory, run["recipe_id"])
-    config, data = TrainConfig.model_validate(run["config"]), run["data"]
+    config, data = TrainConfig.model_validate(run["config"] | {"time_limit": time_limit}), run["data"]
     if data["kind"] == "corpus":
         corpus = corpus or load_corpus(data["name"])
         if corpus.digest != data["digest"]:
@@ -247,11 +248,11 @@ def _write(result: Result, directory: Path) -> None:
 def _result(trainer: Trainer, recipe: Recipe, source: Source, directory: Path, status: str, reason: str | None,
             outcome: Outcome | None) -> Result:
     cost, position = recipe.cost(), trainer.position
-    lines = trainer.metrics.lines if trainer.metrics else []
+    last = trainer.metrics.last if trainer.metrics else None
     return Result(
         name=recipe.name, recipe_id=recipe.id, seed=trainer.config.seed, status=status,  # type: ignore[arg-type]
         reason=reason, step=position.step, steps=trainer.steps, tokens=position.tokens,
-        elapsed_s=round(position.elapsed, 3), loss=lines[-1]["loss"] if lines else None,
+        elapsed_s=round(position.elapsed, 3), loss=last["loss"] if last else None,
         validation=position.validation, params=sum(p.numel() for p in trainer.model.parameters()),
         flops_per_token=cost.flops(source.context) / source.context if cost else None,
         state_bytes=cost.state_bytes(source.context) if cost else None, context=source.context,

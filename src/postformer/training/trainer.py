@@ -133,12 +133,14 @@ class Trainer:
         log = self.directory / "train.log" if self.directory else None
         self.metrics = MetricsFile(self.directory / "metrics.jsonl", self.position.step) if self.directory else None
         progress = self.progress = Progress(self.steps, self.position.step, mode=self.progress_mode, log=log)
-        speeds = self.speeds = [line["tokens_per_s"] for line in self.metrics.lines] if self.metrics else []
+        speeds = self.speeds = self.metrics.speeds if self.metrics else []
         saved = self.position.step if self.position.step else None
         stopped = "finished"
         threads = torch.get_num_threads()
         if config.threads:
             torch.set_num_threads(config.threads)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         try:
             with self._signals(), torch.random.fork_rng(devices=_gpus(self.device)):
                 while self.position.step < self.steps:
@@ -146,7 +148,6 @@ class Trainer:
                     line = self.advance(self.position.step)
                     now = time.monotonic()
                     line["tokens_per_s"] = round(line.pop("new_tokens") / max(now - before, 1e-9), 1)
-                    speeds.append(line["tokens_per_s"])
                     step, limit = self.position.step, config.time_limit
                     late = limit is not None and now - began >= limit and step < self.steps
                     last = step == self.steps or late
@@ -157,6 +158,8 @@ class Trainer:
                     line["elapsed_s"] = round(self.position.elapsed, 3)
                     if self.metrics:
                         self.metrics.append(line)
+                    else:
+                        speeds.append(line["tokens_per_s"])
                     left = (self.steps - step) * _per_step(speeds, line)
                     progress.update(line, left)
                     if self.signal or last or _due(step, config.checkpoint_every):
