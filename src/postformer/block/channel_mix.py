@@ -1,4 +1,4 @@
-"""RWKV-7's channel mix (2503.14456): a squared-ReLU MLP whose input is mixed with the previous token; so it has a state.
+"""RWKV-7's channel mix (2503.14456): a squared-ReLU MLP on a token mixed with the one before.
 
     k = x + (x_{t-1} - x) * x_k;   y = W_v relu(W_k k)^2
 """

@@ -37,7 +37,7 @@ class Sublayer(nn.Module):
         return self.mixer.module if isinstance(self.mixer, Reference) else self.mixer
 
     def forward(self, stream: Tensor, pending: Tensor | None, state: State, ctx: Context) -> Out:
-        """stream [B, T, D] and what an earlier `residual: next` left for this input -> the branch, before it is added."""
+        """stream [B, T, D] and what an earlier `residual: next` left for this input -> the branch."""
         x = stream if pending is None else stream + pending
         parts = [x if name == "x" else ctx.shared[name] for name in self.design.input]
         x = parts[0] if len(parts) == 1 else torch.cat(parts, -1)

@@ -6,6 +6,7 @@ there take the initial state. A mixer without native emit is cut at every emit-t
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def by_pieces(mixer: Mixer, x: Tensor, state: states.State, ctx: Context, traits: Traits) -> Out:
     """Run mixer.mix on consecutive pieces of the tokens, resetting and emitting between them. Same result, slower."""
-    batch, length = x.shape[:2]
+    length = x.shape[1]
     reset = None if traits.native_reset else ctx.reset(getattr(mixer, "forget_at", "document"))
     cuts = {0, length}
     if ctx.emit:
@@ -30,7 +31,7 @@ def by_pieces(mixer: Mixer, x: Tensor, state: states.State, ctx: Context, traits
     edges = sorted(cuts)
     outs: list[Any] = []
     emitted: list[states.State] = []
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges):
         if ctx.emit and start % ctx.emit == 0:
             emitted.append(state)
         piece = ctx.narrow(start, stop)

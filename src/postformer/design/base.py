@@ -55,7 +55,7 @@ def _scaled(value: Any, ratio: float) -> Any:
 
 
 class DesignError(ValueError):
-    """A design that cannot be: says the file, the path in it, the value, what is allowed, the nearest valid spelling."""
+    """A design that cannot be: says file, path, value, what is allowed, the nearest valid spelling."""
 
     exit_code = 3
 

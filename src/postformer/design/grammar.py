@@ -86,7 +86,7 @@ class Sublayer(Design):
     residual: Literal["add", "none", "next"] = "add"
     """next: not added to the stream but to the next sublayer's input."""
     scale: float | Literal["learned"] | None = None
-    publish: dict[str, str] = {}
+    publish: dict[str, str] = Field(default_factory=dict)
     """name -> what of the mixer's publications"""
     depth: Depth = Depth()
 
@@ -109,7 +109,7 @@ class Model(Design):
     linear: Linears = Linears()
     mixers: dict[str, AnyMixer]
     layers: dict[str, tuple[Sublayer, ...]]
-    shared: dict[str, Shared] = {}
+    shared: dict[str, Shared] = Field(default_factory=dict)
     stack: tuple[str, ...]
     stack_norm: AnyNorm | None = None
     """After the last layer; None: the model's norm."""

@@ -10,7 +10,7 @@ def rotary(x: Tensor, position: Tensor, base: float = 10000.0, dim: int | None =
            interleaved: bool = False) -> Tensor:
     """Rotate the first `dim` channels (default all) of x [B, H, T, d] by position [B, T].
 
-    Halves are paired (channel i with i + dim/2) as in Llama; with interleaved, neighbours (2i with 2i + 1) as in RetNet.
+    Halves are paired (channel i with i + dim/2) as in Llama; interleaved pairs neighbours (2i, 2i + 1) as in RetNet.
     """
     dim = dim or x.shape[-1]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

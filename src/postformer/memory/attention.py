@@ -170,7 +170,8 @@ class Attention(Mixer):
                    else memory.position >= 0)
             exists = torch.cat([old, position.new_ones(batch, length, dtype=torch.bool)], 1)
         if ctx.valid is not None:
-            mask = ctx.valid if not used else torch.cat([position.new_ones(batch, used, dtype=torch.bool), ctx.valid], 1)
+            every = position.new_ones(batch, used, dtype=torch.bool)
+            mask = torch.cat([every, ctx.valid], 1)
             exists = mask if exists is None else exists & mask
         if segments is not None:
             masks["query_segment"] = segments
@@ -179,8 +180,8 @@ class Attention(Mixer):
             masks["query_position"] = position
             if isinstance(memory, Ring):
                 masks["key_position"] = torch.cat([memory.position[:, :used], position], 1)
-            if not used and ctx.valid is None and segments is None:
-                masks = {}  # every token exists and counts by one: the index order is the position order
+            if not used and segments is None and bool((position[:, -1] - position[:, 0] == length - 1).all()):
+                masks = {}  # positions count by one: the window may be taken by index, which is faster
         if ctx.write is not None:
             bias = ctx.write.to(torch.float32 if q.dtype != torch.float64 else q.dtype)
             bias = bias.masked_fill(bias == 0, 1).log().masked_fill(bias == 0, float("-inf"))

@@ -99,7 +99,7 @@ def _local(value: Any) -> Any:
 
 
 def _read(value: Any) -> Any:
-    short = {"none": {"norm": "none"}, "norm": {}, "gated-norm": {"gate": "silu"}, "sigmoid-gated-norm": {"gate": "sigmoid"},
+    short = {"none": {"norm": "none"}, "norm": {}, "gated-norm": {"gate": "silu"},
              "group-norm-bonus-gate": {"norm": "layer", "weight": "full", "bias": True, "eps": 64e-5}}
     return short.get(value, {"norm": value}) if isinstance(value, str) else value
 
@@ -116,6 +116,9 @@ def _retention(value: Any) -> Any:
     return {"per": value} if isinstance(value, str) else value
 
 
+Feature = Literal["silu", "elu1", "relu", "softmax", "l2norm"]
+
+
 class MatrixDesign(Design):
     kind: Literal["matrix"] = "matrix"
     parameterisation: str = "qkv"
@@ -124,7 +127,7 @@ class MatrixDesign(Design):
     loss: Literal["dot", "l2"] = "dot"
     retention: Annotated[Retention, BeforeValidator(_retention)] = Retention()
     update: Annotated[Update, BeforeValidator(_update)] = Update()
-    features: Annotated[tuple[Literal["silu", "elu1", "relu", "softmax", "l2norm"], ...], BeforeValidator(_features)] = ()
+    features: Annotated[tuple[Feature, ...], BeforeValidator(_features)] = ()
     """Feature maps of q and k, in order; elu1 is elu(x) + 1"""
     position: Literal["none", "rope"] = "none"
     """rope: q and k rotated by position, neighbours paired (RetNet's xPos without its decay)"""
@@ -138,12 +141,13 @@ class MatrixDesign(Design):
 
     @model_validator(mode="after")
     def _sense(self) -> MatrixDesign:
-        set_here = self.model_fields_set
         if self.parameterisation != "qkv":
-            fixed = {"loss", "retention", "update", "features", "position", "normaliser"} & set_here
+            fields = type(self).model_fields
+            fixed = {name for name in ("loss", "retention", "update", "features", "position", "normaliser")
+                     if getattr(self, name) != fields[name].default}
             if fixed:
-                raise ValueError(f"'{min(fixed)}' is fixed by parameterisation '{self.parameterisation}'; leave it out, "
-                                 "or use parameterisation: qkv")
+                raise ValueError(f"'{min(fixed)}' is fixed by parameterisation '{self.parameterisation}'; "
+                                 "leave it out, or use parameterisation: qkv")
             return self
         if self.loss == "l2":
             if not {"l2norm", "softmax"} & set(self.features):

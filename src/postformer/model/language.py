@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from postformer.contract.context import EMPTY, Context
+from postformer.contract.mixer import Out
 from postformer.contract.state import State
 from postformer.design.grammar import Model
 from postformer.layers.norm import make_norm
@@ -93,22 +94,29 @@ class LanguageModel(nn.Module):
     def forward(self, tokens: Tensor, state: LMState | None = None, ctx: Context | None = None, *,
                 select: Tensor | None = None) -> LMOutput:
         """tokens [B, T] int64; select [B, T] bool: logits only there, as [N, vocab]. Positions are set here."""
-        ctx = ctx or Context()
-        state = self.initial(tokens.shape[0]) if state is None else state
-        if ctx.position is None:
-            position, following = positions(state.next, tokens.shape[1], ctx)
-            ctx = ctx.replace(position=position)
-        else:
-            step = 1 if ctx.valid is None else ctx.valid[:, -1].long()
-            following = ctx.position[:, -1] + step
-        x = self.embedding(tokens)
-        if self.scale != 1:
-            x = x * self.scale
-        if ctx.valid is not None:
-            x = x.masked_fill(~ctx.valid[..., None], 0)
-        out = self.stack(self.embedding_norm(x), state.stack, ctx)
+        out, state = self.run(self.embed(tokens), state, ctx)
         y = out.y if select is None else out.y[select]
         logits = y @ self.embedding.weight.T if self.head is None else self.head(y)
         if cap := self.design.head.softcap:
             logits = cap * torch.tanh(logits / cap)
-        return LMOutput(logits, LMState(out.state, following), out.losses, out.emitted, out.published)
+        return LMOutput(logits, state, out.losses, out.emitted, out.published)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[B, T] -> [B, T, width]"""
+        x = self.embedding(tokens)
+        return self.embedding_norm(x * self.scale if self.scale != 1 else x)
+
+    def run(self, x: Tensor, state: LMState | None = None, ctx: Context | None = None) -> tuple[Out, LMState]:
+        """The stack on embedded tokens x [B, T, width], with positions counted from the state."""
+        ctx = ctx or Context()
+        state = self.initial(x.shape[0]) if state is None else state
+        if ctx.position is None:
+            position, following = positions(state.next, x.shape[1], ctx)
+            ctx = ctx.replace(position=position)
+        else:
+            step = 1 if ctx.valid is None else ctx.valid[:, -1].long()
+            following = ctx.position[:, -1] + step
+        if ctx.valid is not None:
+            x = x.masked_fill(~ctx.valid[..., None], 0)
+        out = self.stack(x, state.stack, ctx)
+        return out, LMState(out.state, following)

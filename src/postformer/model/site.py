@@ -54,7 +54,7 @@ class BuildSite(Place):
         return cls(**{f: getattr(place, f) for f in place.__dataclass_fields__ if f != "ledger"}, ledger=ledger)
 
     def linear(self, name: str, d_in: int, d_out: int, *, bias: bool = False, role: str = "projection") -> nn.Module:
-        """A linear map of this role: dense, LoRA, ternary as the design says. Maps named `out` start smaller with depth."""
+        """A linear map of this role, as the design says. Maps named `out` start smaller with depth."""
         made = nn.Linear(d_in, d_out, bias=bias)
         std = d_in**-0.5 / (3**0.5)
         if name == "out":

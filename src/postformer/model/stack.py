@@ -67,4 +67,7 @@ class Stack(Mixer):
             if out.published:
                 published |= out.published
                 ctx = ctx.replace(shared=extended(ctx.shared, out.published))
-        return Out(self.norm(x), tuple(states), published, tuple(emitted) if ctx.emit else None, losses)
+        x = self.norm(x)
+        if ctx.valid is not None:
+            x = x.masked_fill(~ctx.valid[..., None], 0)
+        return Out(x, tuple(states), published, tuple(emitted) if ctx.emit else None, losses)

@@ -1,0 +1,63 @@
+"""The proof tool: does a design keep the contract? The same checks run over shipped recipes and over a user's own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from postformer.design import Recipe, load
+from postformer.verify import declared  # noqa: F401  (registers its checks)
+from postformer.verify.checks import CHECKS
+from postformer.verify.subject import reduced, subject
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table. passed None: not checked, and why."""
+
+    name: str
+    passed: bool | None
+    value: float = 0.0
+    tolerance: float = 0.0
+    note: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Verification:
+    recipe: str
+    size: str
+    results: list[Result] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """No check failed."""
+        return all(r.passed is not False for r in self.results)
+
+    @property
+    def seconds(self) -> float:
+        return sum(r.seconds for r in self.results)
+
+
+def verify(recipe: str | dict | Recipe, only: Iterable[str] = (), full: bool = False) -> Verification:
+    """Run every check on a design at verification size (or, with full, at its own). A check that raises has failed."""
+    whole = load(recipe)
+    small = whole if full else reduced(whole)
+    size = f"width {small.model.width}, {len(small.model.stack)} layers"
+    results = []
+    for item in CHECKS:
+        if only and not any(word in item.name for word in only):
+            continue
+        start = time.perf_counter()
+        made = subject(small)
+        if why := item.unless(made.traits):
+            results.append(Result(item.name, None, note=why))
+            continue
+        try:
+            value, tolerance, note = item.run(made)
+            passed = value <= tolerance
+        except Exception as e:
+            value, tolerance, note, passed = float("inf"), 0.0, f"{type(e).__name__}: {e}", False
+        results.append(Result(item.name, passed, value, tolerance, note, time.perf_counter() - start))
+    return Verification(whole.name, size, results)

@@ -1,4 +1,4 @@
-"""Parameterisations: how a paper maps x to the arguments of kernel K1. One file each, nothing but arguments returned."""
+"""Parameterisations: how a paper maps x to the arguments of kernel K1. One file each; they return arguments only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mLSTM as in xLSTM-7B (2405.04517, 2503.13427): exponential input gate, sigmoid forget gate, running-maximum stabiliser.
+"""mLSTM as in xLSTM-7B (2405.04517, 2503.13427): exponential input gate, sigmoid forget gate, stabiliser.
 
     m_t = max(log f_t + m_{t-1}, i_t);  g_t = log f_t + m_{t-1} - m_t <= 0;  k_add = exp(i_t - m_t) k_t
     h_t = S_t^T q_t / max(|n_t . q_t|, exp(-m_t))          n is the state's column of ones
@@ -18,7 +18,7 @@ from postformer.contract.affine import GDR
 from postformer.contract.context import Context, gates
 from postformer.contract.state import State
 from postformer.design.cost import Cost
-from postformer.kernels import max_plus_scan
+from postformer.kernels import current, max_plus_scan
 from postformer.memory.matrix_design import MatrixDesign
 from postformer.memory.rules import Rule, heads, rule
 from postformer.memory.rules.gates import fp32
@@ -28,6 +28,11 @@ START, CAP = -1e30, 15.0
 
 def soft_cap(x: Tensor) -> Tensor:
     return CAP * torch.tanh(x / CAP)
+
+
+def _at_most_zero(x: Tensor) -> Tensor:
+    """x without the rounding error above zero; the gradient passes (a clamp would stop it at random)."""
+    return x - x.detach().clamp_min(0)
 
 
 @rule("mlstm")
@@ -52,7 +57,8 @@ class MLstm(Rule):
         return self.i.weight.new_full((batch, self.heads), START, dtype=dtype)
 
     def forward(self, x: Tensor, local: State, ctx: Context) -> tuple[GDR, State]:
-        i, f = soft_cap(fp32(self.i(x))), F.logsigmoid(soft_cap(fp32(self.f(x))))
+        scale = current().decay_scale
+        i, f = soft_cap(fp32(self.i(x))), F.logsigmoid(soft_cap(fp32(self.f(x)))) * scale
         tick, write = gates(ctx)
         with torch.no_grad():
             seen = i if write is None else torch.where(write[..., None] > 0, i, START)
@@ -63,8 +69,8 @@ class MLstm(Rule):
             if reset is not None:
                 before = before.masked_fill(reset[..., None], START)
             shift = (before - m).clamp(min=START)
-        g = (f + shift).clamp_max(0)
-        gain = torch.exp((i - m).clamp_max(0))
+        g = _at_most_zero(f + shift) / max(scale, 1e-30)  # the kernel scales again; the shift is no decay
+        gain = torch.exp(_at_most_zero(i - m))
         q = heads(self.q(x), self.heads) * self.dim_key**-0.5
         v = heads(self.v(x), self.heads)
         rule = GDR(q, g.transpose(1, 2)[..., None],

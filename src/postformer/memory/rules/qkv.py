@@ -1,7 +1,7 @@
 """The general parameterisation: q, k, v projections, local mixing, feature maps, rate and retention gates.
 
-Loss l2: e = k, w = beta k, u = v (delta rule). Loss dot: k_add = beta k, v_add = v (linear attention). With R steps each
-has its own k, v and beta (DeltaProduct, 2502.10297).
+Loss l2: e = k, w = beta k, u = v (delta rule). Loss dot: k_add = beta k, v_add = v (linear attention). With R steps
+each has its own k, v and beta (DeltaProduct, 2502.10297).
 """
 
 from __future__ import annotations

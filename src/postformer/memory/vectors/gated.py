@@ -1,7 +1,7 @@
 """Gated linear recurrent units without a state-dependent gate: HGRN (2311.04823) and minGRU (2410.01201).
 
     HGRN:   f = lb + (1 - lb) sigma(W_f x);  h_t = f h_{t-1} + (1 - f) silu(W_c x);  y = W_o (rms(h) silu(W_g x))
-    minGRU: z = sigma(W_z x);                h_t = (1 - z) h_{t-1} + z c(W_h x);     y = W_o h,   c(x) = x + 1/2 or sigma(x)
+    minGRU: z = sigma(W_z x);  h_t = (1 - z) h_{t-1} + z c(W_h x);  y = W_o h,  c(x) = x + 1/2 if x >= 0 else sigma(x)
 """
 
 from __future__ import annotations

@@ -1,0 +1,90 @@
+"""Checks of what a design declares: parameters, FLOPs, state bytes, dtypes of the state, saving and loading."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from postformer.contract import state as states
+from postformer.design.base import DesignError
+from postformer.kernels import use
+from postformer.model import build
+from postformer.verify.checks import EXACT, Found, check
+from postformer.verify.subject import Subject
+
+
+@check("declared params and state bytes = measured")
+def sizes(s: Subject) -> Found:
+    try:
+        cost = s.recipe.cost()
+    except DesignError as e:
+        return math.inf, EXACT, e.message
+    model = build(s.recipe.model)
+    params = sum(p.numel() for p in model.parameters())
+    if params != cost.params:
+        return abs(params - cost.params), EXACT, f"params: declared {cost.params}, built {params}"
+    with torch.no_grad():
+        for context in (5, 37):
+            tokens = torch.zeros(1, context, dtype=torch.long)
+            measured = states.size(model(tokens).state)
+            if measured != cost.state_bytes(context):
+                note = f"state at {context} tokens: declared {cost.state_bytes(context)} B, measured {measured} B"
+                return abs(measured - cost.state_bytes(context)), EXACT, note
+    return 0.0, EXACT, f"{params} params, {cost.state_bytes(37)} B at 37 tokens"
+
+
+@check("declared FLOPs = PyTorch's count on the reference path, within 5 %")
+def flops(s: Subject) -> Found:
+    try:
+        declared = s.recipe.cost().flops(37)
+    except DesignError as e:
+        return math.inf, 0.05, e.message
+    model, tokens = build(s.recipe.model), torch.zeros(1, 37, dtype=torch.long)
+    with torch.no_grad(), use(backend="reference"), FlopCounterMode(display=False) as counter:
+        model(tokens)
+    counted = counter.get_total_flops()
+    return abs(declared / counted - 1), 0.05, f"declared {declared:.0f}, counted {counted}"
+
+
+@check("weights and state, saved and loaded: bit-equal outputs")
+def saved(s: Subject) -> Found:
+    model = build(s.recipe.model, seed=1)
+    tokens = torch.randint(0, s.recipe.model.vocab, (2, 21), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        state = model(tokens[:, :12]).state
+        truth = model(tokens[:, 12:], state).logits
+        path = Path(folder) / "all.safetensors"
+        save_file({**{k: v.contiguous() for k, v in model.state_dict().items()}, **states.flatten(state)}, path)
+        loaded = load_file(path)
+        other = build(s.recipe.model, seed=2)
+        other.load_state_dict({k: v for k, v in loaded.items() if not k.startswith("state.")})
+        again = other(tokens[:, 12:], states.unflatten(loaded, state)).logits
+    return 0.0 if torch.equal(again, truth) else 1.0, EXACT, ""
+
+
+@check("under bf16 autocast: finite, and accumulators stay fp32")
+def low_precision(s: Subject) -> Found:
+    model = build(s.recipe.model)
+    tokens = torch.randint(0, s.recipe.model.vocab, (2, 37), generator=torch.Generator().manual_seed(3))
+    fresh = states.leaves(model.initial(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(tokens)
+    out.logits.float().square().mean().backward()
+    if not torch.isfinite(out.logits).all():
+        return math.inf, EXACT, "logits are not finite"
+    coarse = [i for i, (a, b) in enumerate(zip(fresh, states.leaves(out.state)))
+              if b.dtype != a.dtype and a.dtype != torch.long and a.numel()]
+    return float(len(coarse)), EXACT, f"state leaves that changed dtype: {coarse}" if coarse else ""
+
+
+@check("every parameter is made through the site or a norm")
+def owned(s: Subject) -> Found:
+    stray = [name for name, role in s.model._roles.items()
+             if role is None and s.model.get_parameter(name).ndim >= 2
+             and not name.startswith(("embedding.", "head.")) and not name.endswith("conv.weight")]
+    return float(len(stray)), EXACT, ", ".join(stray)

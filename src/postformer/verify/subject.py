@@ -1,0 +1,92 @@
+"""What is verified: a small model of the design, in fp64, with every parameter moved off its starting value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postformer.contract.context import Context
+from postformer.contract.mixer import Out, Traits
+from postformer.design import Recipe, load, registry
+from postformer.design.base import Design
+from postformer.design.plan import planned, shared_places
+from postformer.model import LanguageModel, build
+from postformer.model.language import LMState
+
+WIDTH, WINDOW = 32, 8
+
+
+def reduced(recipe: Recipe) -> Recipe:
+    """The design at verification size: width 32, one of each kind of layer (at least two), windows of 8 tokens."""
+    distinct = len(dict.fromkeys(recipe.model.stack))
+    small = load(recipe, width=min(WIDTH, recipe.model.width), layers=min(len(recipe.model.stack), max(2, distinct)))
+    return small.model_copy(update={"model": _narrow(small.model)})
+
+
+def _narrow(value: Any) -> Any:
+    """Windows cut to 8 tokens wherever a design has one, so that short sequences leave them."""
+    if isinstance(value, Design):
+        changes = {name: _narrow(getattr(value, name)) for name in type(value).model_fields}
+        if isinstance(window := getattr(value, "window", None), int):
+            changes["window"] = min(window, WINDOW)
+        return value.model_copy(update={k: v for k, v in changes.items() if v is not getattr(value, k)})
+    if isinstance(value, dict):
+        return {k: _narrow(v) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_narrow(v) for v in value)
+    return value
+
+
+@dataclass
+class Subject:
+    """A model, run on embedded tokens x [B, T, D]."""
+
+    recipe: Recipe
+    model: LanguageModel
+    traits: Traits
+
+    @property
+    def width(self) -> int:
+        return self.recipe.model.width
+
+    def __call__(self, x: Tensor, state: LMState | None = None, ctx: Context | None = None) -> tuple[Out, LMState]:
+        return self.model.run(x, state, ctx)
+
+    def input(self, batch: int, length: int, seed: int) -> Tensor:
+        """Random embedded tokens, of the model's dtype."""
+        like = next(self.model.parameters())
+        made = torch.randn(batch, length, self.width, generator=torch.Generator().manual_seed(seed),
+                           dtype=torch.float64)
+        return made.to(like.dtype)
+
+
+def subject(recipe: Recipe, dtype: torch.dtype = torch.float64, seed: int = 0) -> Subject:
+    """Build and scramble: parameters of one dim get noise, matrices are scaled up, so that no gate sits at its start."""
+    model = build(recipe.model, seed).to(dtype)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+            p.add_(noise * (0.2 if p.ndim < 2 else 0.5 * p.shape[-1] ** -0.5))
+    return Subject(recipe, model, stack_traits(recipe))
+
+
+def stack_traits(recipe: Recipe) -> Traits:
+    """What the whole stack can do: what all of its mixers can."""
+    model = recipe.model
+    designs = [item.design for layer in planned(model) for item in layer if item.design is not None]
+    for name, block in model.shared.items():
+        designs += [i.design for c in range(block.copies) for i in shared_places(model, name, c, 1) if i.design]
+    each = [registry.resolve(d.kind).traits(d) for d in designs]
+    streaming = {t.streaming for t in each}
+    return Traits(
+        causal=all(t.causal for t in each),
+        streaming="none" if "none" in streaming else "growing" if "growing" in streaming else "constant",
+        soft_gates=all(t.soft_gates for t in each if t.stateful),
+        native_reset=all(t.native_reset for t in each),
+        native_emit=all(t.native_emit for t in each),
+        stateful=any(t.stateful for t in each),
+    )
