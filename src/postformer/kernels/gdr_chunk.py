@@ -200,15 +200,19 @@ def gdr_chunked(
             e = e.unflatten(2, (T, R))
             first = torch.arange(R, device=q.device) == 0
             e = e.masked_fill(cut[..., None] & first[:, None], 0.0).flatten(2, 3)
-    pad = (-T) % C
-    q = _fold(q, C, pad)
-    g = None if g is None else _fold(g, C, pad)
-    w, e, u, k_add, v_add = (None if x is None else _fold(x, C * R, pad * R) for x in (w, e, u, k_add, v_add))
-    rest = (w, e, u, k_add, v_add, state.flatten(0, 1), R, erase_before_decay, read_before_update)
+    pad, flags = (-T) % C, (R, erase_before_decay, read_before_update)
     if g is None or g.shape[-1] == 1:
-        o, S = HeadChunks.apply(q, None if g is None else g.squeeze(-1), *rest)
+        if pad:
+            q, g = (None if x is None else F.pad(x, (0, 0, 0, pad)) for x in (q, g))
+            w, e, u, k_add, v_add = (
+                None if x is None else F.pad(x, (0, 0, 0, pad * R)) for x in (w, e, u, k_add, v_add)
+            )
+        o, S = HeadChunks.apply(q, g, w, e, u, k_add, v_add, state, C, *flags)
+        o = o[:, :, :T]
     else:
-        o, S = _channel_chunks(q, g, *rest)
-    o = o.unflatten(1, (B, H)).permute(1, 2, 0, 3, 4).reshape(B, H, T + pad, dv)[:, :, :T]
+        q, g = _fold(q, C, pad), _fold(g, C, pad)
+        w, e, u, k_add, v_add = (None if x is None else _fold(x, C * R, pad * R) for x in (w, e, u, k_add, v_add))
+        o, S = _channel_chunks(q, g, w, e, u, k_add, v_add, state.flatten(0, 1), *flags)
+        o = o.unflatten(1, (B, H)).permute(1, 2, 0, 3, 4).reshape(B, H, T + pad, dv)[:, :, :T]
     S = S.unflatten(1, (B, H))
     return o, S[-1], S[:-1]

@@ -49,6 +49,8 @@ def _rows(table: Tensor, per_token: int, early: bool) -> Tensor:
 
 def _rows_gradient(P: Tensor, per_token: int, early: bool) -> Tensor:
     """Transpose of `_rows`."""
+    if per_token == 1 and not early:
+        return P
     P = P.unflatten(-2, (-1, per_token))
     own = P[..., int(early) :, :].sum(-2)
     if early:
@@ -96,8 +98,24 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(-1, keepdim=True)
 
 
+def _take(x: Tensor, p: slice, N: int) -> Tensor:
+    """Chunks p of x [B, H, L, d], in any layout, as [chunks * G, L / N, d]."""
+    part = x.unflatten(2, (N, -1))[:, :, p]
+    return part.permute(2, 0, 1, 3, 4).reshape(-1, *part.shape[3:]).contiguous()
+
+
+def _put(x: Tensor, p: slice, N: int, part: Tensor) -> None:
+    """Inverse of `_take`: write chunks p of x."""
+    into = x.unflatten(2, (N, -1))[:, :, p].permute(2, 0, 1, 3, 4)
+    into.copy_(part.view(into.shape))
+
+
 class HeadChunks(torch.autograd.Function):
-    """(q, g, w, e, u, k, v, start) -> (o [N, G, C, dv], S [N+1, G, dk, dv]), all folded; g is [N, G, C] or None."""
+    """(q, g, w, e, u, k, v, start [B, H, dk, dv], C, R, flags) -> (o [B, H, T, dv], S [N+1, B * H, dk, dv]).
+
+    Shapes as in `gdr`, T a multiple of C, g [B, H, T, 1] or None. Chunks are copied out of the arguments as they are
+    worked on, so that these may lie in memory as they please.
+    """
 
     @staticmethod
     def _pieces(N: int, G: int, C: int, R: int) -> list[slice]:
@@ -105,24 +123,22 @@ class HeadChunks(torch.autograd.Function):
         return [slice(i, min(i + length, N)) for i in range(0, N, length)]
 
     @staticmethod
-    def forward(ctx, q, g, w, e, u, k, v, start, R: int, early_erase: bool, early_read: bool):
-        (N, G, C, dk), dv = q.shape, start.shape[-1]
-        o = q.new_empty(N, G, C, dv)
+    def forward(ctx, q, g, w, e, u, k, v, start, C: int, R: int, early_erase: bool, early_read: bool):
+        (B, H, T, dk), dv = q.shape, start.shape[-1]
+        N, G = T // C, B * H
+        o = q.new_empty(B, H, T, dv) if q.is_contiguous() else q.new_empty(B, T, H, dv).transpose(1, 2)
         S = q.new_empty(N + 1, G, dk, dv)
-        S[0] = start
+        S[0] = start.flatten(0, 1)
         delta = None if w is None else q.new_empty(N, G, C * R, dv)
         probe = None if w is None else q.new_empty(N, G, C * R, dk)
         for p in HeadChunks._pieces(N, G, C, R):
-            def flat(x, p=p):
-                return None if x is None else x[p].flatten(0, 1)
-
-            tables = _Tables(flat(g), C, R, early_erase, early_read, q)
-            q_, w_, e_, u_, k_, v_ = (flat(x) for x in (q, w, e, u, k, v))
+            q_, g_, w_, e_, u_, k_, v_ = (None if x is None else _take(x, p, N) for x in (q, g, w, e, u, k, v))
+            tables = _Tables(None if g_ is None else g_.squeeze(-1), C, R, early_erase, early_read, q)
             added = target = w_end = None
             if k is not None:
                 added = (tables.scale(k_, tables.end).mT @ v_).unflatten(0, (-1, G))
             if w is not None:
-                target = torch.zeros_like(flat(delta)) if u is None else u_
+                target = w_.new_zeros(*w_.shape[:-1], dv) if u_ is None else u_
                 if k is not None:
                     target = target - ((e_ @ k_.mT) * tables.erase) @ v_
                 solved = torch.linalg.solve_triangular(
@@ -146,40 +162,40 @@ class HeadChunks(torch.autograd.Function):
                 if w is not None:
                     torch.baddbmm(target[i], probe[n], now, alpha=-1, out=delta[n])
                     later.baddbmm_(w_end[i].mT, delta[n])
-            o_ = flat(o)
-            torch.bmm(tables.scale(q_, tables.read_start), flat(S), out=o_)
+            o_ = torch.bmm(tables.scale(q_, tables.read_start), S[p].flatten(0, 1))
             if w is not None:
-                o_.baddbmm_((q_ @ w_.mT).mul_(tables.read), flat(delta))
+                o_.baddbmm_((q_ @ w_.mT).mul_(tables.read), delta[p].flatten(0, 1))
             if k is not None:
                 o_.baddbmm_((q_ @ k_.mT).mul_(tables.read), v_)
-        ctx.save_for_backward(q, g, w, e, k, v, S, delta, probe)
-        ctx.flags = (R, early_erase, early_read)
+            _put(o, p, N, o_)
+        ctx.save_for_backward(q, g, w, e, u, k, v, S, delta, probe)
+        ctx.flags = (C, R, early_erase, early_read)
         return o, S
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_o, grad_S):
-        q, g, w, e, k, v, S, delta, probe = ctx.saved_tensors
-        R, early_erase, early_read = ctx.flags
-        N, G, C, _ = q.shape
-        grad_o, grad_S = grad_o.contiguous(), grad_S.contiguous()
-        out = [None if x is None else x.new_empty(x.shape) for x in (q, g, w, e, delta, k, v)]
+        q, g, w, e, u, k, v, S, delta, probe = ctx.saved_tensors
+        C, R, early_erase, early_read = ctx.flags
+        B, H, T, _ = q.shape
+        N, G = T // C, B * H
+        grad_S = grad_S.contiguous()
+        grads = [None if x is None else torch.empty_like(x) for x in (q, g, w, e, u, k, v)]
         carry = grad_S[N]
         for p in reversed(HeadChunks._pieces(N, G, C, R)):
-            def flat(x, p=p):
-                return None if x is None else x[p].flatten(0, 1)
-
-            tables = _Tables(flat(g), C, R, early_erase, early_read, q)
-            q_, w_, e_, k_, v_, S_, delta_, go = (flat(x) for x in (q, w, e, k, v, S, delta, grad_o))
-            gq, gg, gw, ge, rho, gk, gv = (flat(x) for x in out)
-            B = B_add = gd = A = w_end = None
+            taken = (None if x is None else _take(x, p, N) for x in (q, g, w, e, k, v, grad_o))
+            q_, g_, w_, e_, k_, v_, go = taken
+            S_, delta_ = (None if x is None else x[p].flatten(0, 1) for x in (S, delta))
+            tables = _Tables(None if g_ is None else g_.squeeze(-1), C, R, early_erase, early_read, q)
+            gg = gw = ge = rho = gk = gv = None
+            M = M_add = gd = A = w_end = None
             if w is not None:
-                B = (q_ @ w_.mT).mul_(tables.read)
+                M = (q_ @ w_.mT).mul_(tables.read)
                 A = (e_ @ w_.mT).mul_(tables.erase)
                 w_end = tables.scale(w_, tables.end).unflatten(0, (-1, G))
-                gd = (B.mT @ go).unflatten(0, (-1, G))
+                gd = (M.mT @ go).unflatten(0, (-1, G))
             if k is not None:
-                B_add = (q_ @ k_.mT).mul_(tables.read)
+                M_add = (q_ @ k_.mT).mul_(tables.read)
 
             # The only sequential part: `later[n]` is the gradient of the state after chunk n.
             whole = tables.whole.unflatten(0, (-1, G)) if tables.decays else None
@@ -198,23 +214,23 @@ class HeadChunks(torch.autograd.Function):
                 carry = first[n]
             later = later.flatten(0, 1)
 
-            torch.bmm(go, S_.mT, out=gq)
+            gq = torch.bmm(go, S_.mT)
             if tables.decays:
                 gq *= tables.read_start
             read_start = _dot(q_, gq)
             read = erase = erase_start = 0.0
             end = 0.0
             if w is not None:
-                rho.copy_(torch.linalg.solve_triangular(A.mT, gd.flatten(0, 1), upper=True, unitriangular=True))
+                rho = torch.linalg.solve_triangular(A.mT, gd.flatten(0, 1), upper=True, unitriangular=True)
                 grad = go @ delta_.mT
-                read = read + grad * B
+                read = read + grad * M
                 grad *= tables.read
                 gq.baddbmm_(grad, w_)
-                torch.bmm(grad.mT, q_, out=gw)
+                gw = torch.bmm(grad.mT, q_)
                 grad = torch.bmm(rho, delta_.mT).neg_()
                 erase = erase + grad * A
                 grad *= tables.erase
-                torch.bmm(rho, S_.mT, out=ge).neg_()
+                ge = torch.bmm(rho, S_.mT).neg_()
                 if tables.decays:
                     ge *= tables.erase_start
                 erase_start = _dot(e_, ge)
@@ -225,11 +241,11 @@ class HeadChunks(torch.autograd.Function):
                 gw += part
             if k is not None:
                 grad = go @ v_.mT
-                read = read + grad * B_add
+                read = read + grad * M_add
                 grad *= tables.read
                 gq.baddbmm_(grad, k_)
-                torch.bmm(grad.mT, q_, out=gk)
-                torch.bmm(B_add.mT, go, out=gv)
+                gk = torch.bmm(grad.mT, q_)
+                gv = torch.bmm(M_add.mT, go)
                 gv.baddbmm_(tables.scale(k_, tables.end), later)
                 part = tables.scale(v_ @ later.mT, tables.end)
                 end = end + _dot(k_, part)
@@ -245,6 +261,8 @@ class HeadChunks(torch.autograd.Function):
             if tables.decays:
                 total = (S_ * later).sum((-2, -1)) * tables.whole[..., 0, 0]
                 erase = None if w is None else erase
-                gg.copy_(tables.gradient(read, erase, read_start, erase_start, end, total))
-        gq, gg, gw, ge, gu, gk, gv = out
-        return gq, gg, gw, ge, gu if ctx.needs_input_grad[4] else None, gk, gv, carry, None, None, None
+                gg = tables.gradient(read, erase, read_start, erase_start, end, total)
+            for x, part in zip(grads, (gq, gg, gw, ge, rho, gk, gv)):
+                if x is not None and part is not None:
+                    _put(x, p, N, part)
+        return *grads, carry.unflatten(0, (B, H)), None, None, None, None
