@@ -7,12 +7,12 @@ import torch
 
 from postformer.objective import Batch
 
-# importlib import mode keeps test folders off sys.path; the small model is loaded by file.
-if "fake" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("fake", Path(__file__).parent / "fake.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fake"] = module
-    spec.loader.exec_module(module)
+# importlib import mode keeps test folders off sys.path; the helpers are loaded by file.
+for helper in ("fake", "session"):
+    if helper not in sys.modules:
+        spec = importlib.util.spec_from_file_location(helper, Path(__file__).parent / f"{helper}.py")
+        sys.modules[helper] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[helper])
 
 
 @pytest.fixture(autouse=True)

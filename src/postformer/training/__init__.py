@@ -20,7 +20,7 @@ from postformer.training.errors import (
     TrainingError,
 )
 from postformer.training.evaluate import evaluate_split, evaluate_task
-from postformer.training.plan import Plan, plan
+from postformer.training.planning import Plan, plan
 from postformer.training.record import Result, read_result, read_run
 from postformer.training.run import corpus_source, load_run, resume, task_source, train_language, train_task
 from postformer.training.trainer import Trainer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -14,10 +15,28 @@ from postformer.training.errors import OutOfMemory
 PHRASES = ("not enough memory", "can't allocate memory", "cannot allocate memory", "out of memory")
 
 
+def reset_peak(device: torch.device) -> bool:
+    """Start measuring the peak anew; False where that is not possible (a CPU without Linux's /proc)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def peak_memory(device: torch.device) -> int:
-    """Bytes: largest resident size of the process so far (CPU), largest allocation (CUDA); 0 where unknown."""
+    """Bytes: largest resident size of the process (CPU), largest allocation (CUDA); 0 where unknown.
+
+    Since `reset_peak`, if that was possible, else since the start of the process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows

@@ -25,7 +25,7 @@ from postformer.objective import Batch
 from postformer.training import checkpoint
 from postformer.training.config import TrainConfig
 from postformer.training.errors import CheckpointError, Diverged, Interrupted, TrainingError
-from postformer.training.memory import out_of_memory, peak_memory
+from postformer.training.memory import out_of_memory, peak_memory, reset_peak
 from postformer.training.metrics import MetricsFile
 from postformer.training.optimise import Optimisers, schedule
 from postformer.training.progress import Progress
@@ -139,8 +139,7 @@ class Trainer:
         threads = torch.get_num_threads()
         if config.threads:
             torch.set_num_threads(config.threads)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        reset_peak(self.device)
         try:
             with self._signals(), torch.random.fork_rng(devices=_gpus(self.device)):
                 while self.position.step < self.steps:

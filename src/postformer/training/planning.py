@@ -12,7 +12,7 @@ from postformer.design import Recipe
 from postformer.objective import Batch, NextToken
 from postformer.training import run
 from postformer.training.config import TrainConfig
-from postformer.training.memory import out_of_memory, peak_memory
+from postformer.training.memory import out_of_memory, peak_memory, reset_peak
 from postformer.training.progress import duration
 from postformer.training.run import Source
 from postformer.training.trainer import Trainer
@@ -33,6 +33,7 @@ class Plan:
     activations: int
     """What is kept for the backward pass of one part of a batch."""
     peak_memory: int
+    """Measured where possible (`memory_source` says), else the sum of the four above."""
     seconds_per_step: float
     seconds: float
     tokens_per_s: float
@@ -55,7 +56,7 @@ class Plan:
 
 
 def plan(recipe: Recipe, source: Source, config: TrainConfig) -> Plan:
-    """Build the model, run one forward and backward pass of a single sequence and two training steps; keep nothing.
+    """Build the model, run a forward and backward pass of one sequence and two steps; keep nothing.
 
     source: of `corpus_source` or `task_source`. Raises OutOfMemory if even that does not fit.
     """
@@ -76,30 +77,29 @@ def plan_model(model: nn.Module, batch_at, config: TrainConfig) -> Plan:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads or threads)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    measured = reset_peak(device)
     with torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []):
         trainer.advance(0)
         began = time.monotonic()
         trainer.advance(1)  # reading its loss waits for the device
         seconds = time.monotonic() - began
+    peak = peak_memory(device)
     torch.set_num_threads(threads)
 
     weights = _bytes(list(model.parameters()) + list(model.buffers()))
     gradients = _bytes([p for p in model.parameters() if p.requires_grad])
     optimiser = _bytes(list(trainer.optimisers.state().values()))
     estimate = weights + gradients + optimiser + kept * rows
-    measured = device.type == "cuda"
-    memory_source = "measured on one step" if measured else (
-        f"estimated: activations are what one sequence keeps for its backward pass, times {rows}; temporary buffers "
-        "and the process itself (some 300 MiB) come on top")
-    if config.gradient_checkpointing and not measured:
-        memory_source += "; with gradient checkpointing also the recomputed inside of one layer"
+    kept_says = f"what one sequence keeps for its backward pass, times {rows}"
+    whose = "the process, PyTorch itself included" if device.type == "cpu" else "the device's allocator"
+    memory_source = f"peak of {whose}, measured on two steps; activations: {kept_says}" if measured else (
+        f"estimated as this sum; activations: {kept_says}; temporary buffers and the process itself (some 300 MiB) "
+        "come on top")
     tokens = batch.tokens.numel()
     return Plan(
         params=sum(p.numel() for p in model.parameters()), steps=trainer.steps, tokens=tokens * trainer.steps,
         weights=weights, gradients=gradients, optimiser=optimiser, activations=kept * rows,
-        peak_memory=peak_memory(device) if measured else estimate, seconds_per_step=seconds,
+        peak_memory=peak if measured else estimate, seconds_per_step=seconds,
         seconds=seconds * trainer.steps, tokens_per_s=tokens / seconds, device=str(device),
         memory_source=memory_source,
         time_source="measured on the second of two steps; evaluation and checkpoints come on top",
