@@ -52,18 +52,12 @@ def gate_rank(rank: int | str | None, dim_value: int) -> int | None:
 class Decay(nn.Module):
     """The retention gate of a design: x [B, T, D] -> g [B, H, T, 1] or [B, H, T, dk] (None: nothing is forgotten)."""
 
-    slopes: Tensor | None
-
     def __init__(self, design: MatrixDesign, site: Any) -> None:
         super().__init__()
         r = design.retention
         self.kind, self.per = r.gate, r.per
         self.heads, _, dim_key, dim_value = design.sizes(site.width)
         self.channels = self.heads * (dim_key if r.per == "channel" else 1)
-        slopes = None
-        if r.gate == "fixed":
-            slopes = torch.log1p(-torch.pow(2.0, -5.0 - torch.arange(self.heads, dtype=torch.float64))).float()
-        self.register_buffer("slopes", slopes, persistent=False)
         if r.per == "none" or r.gate == "fixed":
             return
         rank, bias = gate_rank(r.rank, dim_value), r.gate != "mamba"
@@ -74,8 +68,10 @@ class Decay(nn.Module):
             self.dt_bias = site.parameter("dt_bias", (self.channels,), inverse_softplus_dt)
 
     def forward(self, x: Tensor) -> Tensor | None:
-        if self.slopes is not None:
-            return fp32(self.slopes.to(x.dtype)).view(1, -1, 1, 1).expand(x.shape[0], -1, x.shape[1], 1)
+        if self.kind == "fixed":
+            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            power = -5.0 - torch.arange(self.heads, dtype=dtype, device=x.device)
+            return torch.log1p(-torch.exp2(power)).view(1, -1, 1, 1).expand(x.shape[0], -1, x.shape[1], 1)
         if self.per == "none":
             return None
         raw = fp32(self.map(x))
