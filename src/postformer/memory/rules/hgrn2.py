@@ -37,7 +37,7 @@ class Hgrn2(Rule):
 
     def forward(self, x: Tensor, local: State, ctx: Context) -> tuple[GDR, State]:
         share = fp32(self.bounds()).softmax(0)
-        bound = share[: self.rank].sum(0)
+        bound = share[1 : self.rank + 1].sum(0)
         raw = fp32(self.f(x))
         keep = bound + (1 - bound) * torch.sigmoid(raw)
         write = (1 - bound) * torch.sigmoid(-raw)

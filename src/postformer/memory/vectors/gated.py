@@ -45,7 +45,7 @@ class Hgrn(_Gated):
         self.bounds = site.tied("lower_bounds", (site.count, self.inner), lambda p: p.zero_())
 
     def forward(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
-        bound, raw = fp32(self.bounds()).softmax(0)[: self.rank].sum(0), fp32(self.f(x))
+        bound, raw = fp32(self.bounds()).softmax(0)[1 : self.rank + 1].sum(0), fp32(self.f(x))
         log_f = F.logsigmoid(raw) if self.rank == 0 else (bound + (1 - bound) * torch.sigmoid(raw)).log()
         write = (1 - bound) * torch.sigmoid(-raw)
         h = gated_scan(log_f, write * fp32(F.silu(self.c(x))), state, ctx, self.design.forget_at)
