@@ -192,6 +192,12 @@ def test_a_time_limit_ends_a_session_and_saves(tmp_path, batch_at):
     assert again.position.step == 6
 
 
+def test_checkpoints_by_the_clock_where_no_number_of_steps_is_given(tmp_path, batch_at, monkeypatch):
+    monkeypatch.setattr("postformer.training.trainer.CHECKPOINT_SECONDS", 0.0)
+    trainer(tmp_path, batch_at, checkpoint_every=None).train()
+    assert checkpoint.steps(tmp_path / "checkpoints") == [5, 6]
+
+
 def test_frozen_parameters_stay(batch_at):
     model = FakeModel()
     model.inner.weight.requires_grad_(False)

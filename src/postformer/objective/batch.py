@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,12 +24,12 @@ class Batch(NamedTuple):
     ctx: Context | None = None
 
     @classmethod
-    def of(cls, batch: Batch | tuple) -> Batch:
+    def of(cls, batch: Batch | tuple[Any, ...]) -> Batch:
         """A batch of (tokens, targets) or (tokens, targets, ctx), checked.
 
         Raises ValueError if the shapes differ or a tensor does not hold integers.
         """
-        found = batch if isinstance(batch, cls) else cls(*batch)
+        found = batch if isinstance(batch, Batch) else cls(*batch)
         if found.tokens.ndim != 2 or found.tokens.shape != found.targets.shape:
             raise ValueError(
                 f"tokens {tuple(found.tokens.shape)} and targets {tuple(found.targets.shape)} must both be "

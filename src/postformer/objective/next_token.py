@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from postformer.objective.batch import IGNORE, Batch
@@ -37,7 +37,7 @@ class NextToken:
         return Batch.of(batch).scored
 
     def loss(
-        self, model: nn.Module, batch: Batch | tuple, generator: torch.Generator | None = None
+        self, model: Any, batch: Batch | tuple, generator: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, Any]]:
         """-> (scalar to minimise, metrics).
 
@@ -78,12 +78,12 @@ class NextToken:
             return self.auxiliary
         return self.auxiliary.get(name, self.auxiliary.get(name.rsplit(".", 1)[-1], 1.0))
 
-    def _chunks(self, model: nn.Module, rows: int) -> bool:
+    def _chunks(self, model: Any, rows: int) -> bool:
         if not (hasattr(model, "hidden") and hasattr(model, "logits")):
             return False
         return rows * model.design.vocab > self.chunk_elements
 
-    def _in_chunks(self, model: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _in_chunks(self, model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         rows = max(1, self.chunk_elements // model.design.vocab)
 
         def part(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

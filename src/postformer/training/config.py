@@ -19,16 +19,16 @@ class OptimiserConfig(Config):
     for embeddings, head, gates, norms and biases."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
     """Peak, of AdamW."""
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled; only of parameters whose role decays."""
-    muon_learning_rate: float | None = Field(None, gt=0)
+    muon_learning_rate: float | None = Field(default=None, gt=0)
     """Peak, of Muon; None: learning_rate. Updates are scaled to the size of AdamW's (2502.16982), so that one rate can
     serve both."""
-    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _betas(self) -> OptimiserConfig:
@@ -41,46 +41,46 @@ class ScheduleConfig(Config):
     """Learning rate over the steps, as a multiple of the peak; see `optimise.schedule`."""
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup: float = Field(0.02, ge=0)
+    warmup: float = Field(default=0.02, ge=0)
     """Below 1: a share of all steps; from 1 on: a number of steps."""
-    final: float = Field(0.1, ge=0, le=1)
+    final: float = Field(default=0.1, ge=0, le=1)
     """Multiple of the peak at the last step (constant: unused)."""
-    decay: float = Field(0.2, gt=0, le=1)
+    decay: float = Field(default=0.2, gt=0, le=1)
     """wsd: share of all steps that decays."""
 
 
 class TrainConfig(Config):
     """How a model is trained. Give `steps` or `tokens`."""
 
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(default=None, ge=1)
     """Optimiser steps."""
-    tokens: int | None = Field(None, ge=1)
+    tokens: int | None = Field(default=None, ge=1)
     """Instead of steps: at least so many tokens, batch_size * length a step."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(default=16, ge=1)
     """Sequences of one optimiser step."""
-    length: int = Field(256, ge=1)
+    length: int = Field(default=256, ge=1)
     """Tokens of one sequence."""
-    accumulate: int = Field(1, ge=1)
+    accumulate: int = Field(default=1, ge=1)
     """Parts that the batch is computed in, one after the other: same gradient, less memory."""
     optimiser: OptimiserConfig = OptimiserConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    clip: float | None = Field(1.0, gt=0)
+    clip: float | None = Field(default=1.0, gt=0)
     """Largest norm of the whole gradient; None: no clipping."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations (autocast). Parameters, optimiser and memory states stay float32."""
     gradient_checkpointing: bool = False
     """Keep only the inputs of layers and compute the rest again in the backward pass: less memory, a third slower."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Of the initial weights, the batches and everything random; the batch of step s depends on (seed, s) alone."""
-    evaluate_every: int | None = Field(None, ge=1)
+    evaluate_every: int | None = Field(default=None, ge=1)
     """Steps between evaluations on the validation split; None: only at the end."""
-    evaluate_batches: int = Field(16, ge=1)
+    evaluate_batches: int = Field(default=16, ge=1)
     """Validation batches of one evaluation during training; the final one takes four times as many."""
-    checkpoint_every: int | None = Field(None, ge=1)
-    """Steps between checkpoints; None: only at the end and when interrupted."""
-    threads: int | None = Field(None, ge=1)
+    checkpoint_every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints; None: every ten minutes. There is always one at the end and when interrupted."""
+    threads: int | None = Field(default=None, ge=1)
     """CPU threads; None: as PyTorch is set. A resumed run takes those of its start, since the sums depend on it."""
-    time_limit: float | None = Field(None, gt=0)
+    time_limit: float | None = Field(default=None, gt=0)
     """Seconds after which a session stops, evaluates and saves. The schedule does not know of it: for a run that should
     take a given time, choose `steps` by `plan`."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

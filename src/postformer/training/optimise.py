@@ -41,7 +41,7 @@ def schedule(step: int, steps: int, config: ScheduleConfig) -> float:
     return config.final + (1 - config.final) * share
 
 
-def roles(model: nn.Module) -> Mapping[str, Any]:
+def roles(model: Any) -> Mapping[str, Any]:
     """The role of every trainable parameter by name; of a model without `roles`, 2-D matrices decay, nothing else."""
     declared = model.roles() if hasattr(model, "roles") else {}
     found = {}

@@ -30,6 +30,9 @@ from postformer.training.metrics import MetricsFile
 from postformer.training.optimise import Optimisers, schedule
 from postformer.training.progress import Progress
 
+CHECKPOINT_SECONDS = 600.0
+"""Between checkpoints, where the configuration does not say. When a checkpoint is written changes no result."""
+
 
 class Objective(Protocol):
     """See `postformer.objective`."""
@@ -134,7 +137,7 @@ class Trainer:
         self.metrics = MetricsFile(self.directory / "metrics.jsonl", self.position.step) if self.directory else None
         progress = self.progress = Progress(self.steps, self.position.step, mode=self.progress_mode, log=log)
         speeds = self.speeds = self.metrics.speeds if self.metrics else []
-        saved = self.position.step if self.position.step else None
+        saved, saved_at = self.position.step or None, began
         stopped = "finished"
         threads = torch.get_num_threads()
         if config.threads:
@@ -161,9 +164,10 @@ class Trainer:
                         speeds.append(line["tokens_per_s"])
                     left = (self.steps - step) * _per_step(speeds, line)
                     progress.update(line, left)
-                    if self.signal or last or _due(step, config.checkpoint_every):
+                    overdue = config.checkpoint_every is None and time.monotonic() - saved_at >= CHECKPOINT_SECONDS
+                    if self.signal or last or overdue or _due(step, config.checkpoint_every):
                         self.save()
-                        saved = step
+                        saved, saved_at = step, time.monotonic()
                     if self.signal and step < self.steps:
                         raise self._interrupted(saved)
                     if late:
