@@ -50,7 +50,7 @@ def test_linear_attention(record_proof):
 
 
 def retention(w: Weights, x: Tensor, here: Here) -> Tensor:
-    """2307.08621, equations 3 to 8: S_n = gamma S_{n-1} + K_n^dagger V_n with complex rotated keys, Re(Q_n S_n)."""
+    """2307.08621, the recurrent form: S_n = gamma S_{n-1} + K_n^dagger V_n with complex rotated keys, Re(Q_n S_n)."""
     theta = 10000.0 ** (-torch.arange(0, 6, 2, dtype=x.dtype) / 6)
     turn = torch.polar(torch.ones_like(theta), here.t * theta)
     q, k, v = (w.map(f"params.{n}", x) for n in "qkv")
@@ -74,7 +74,7 @@ def test_retnet(record_proof):
 
 
 def gated_linear_attention(w: Weights, x: Tensor, here: Here) -> Tensor:
-    """2312.06635, equation 3 and section 4.4: S_t = (alpha_t^T 1) . S_{t-1} + k_t^T v_t, alpha = sigma(.)^(1/16)."""
+    """2312.06635: S_t = (alpha_t^T 1) . S_{t-1} + k_t^T v_t, alpha = sigma(.)^(1/16)."""
     q, k, v = (w.map(f"params.{n}", x) for n in "qkv")
     alpha = sigmoid(w.map("params.decay.map.b", w.map("params.decay.map.a", x))) ** (1 / 16)
     out = []
@@ -95,7 +95,7 @@ def test_gla(record_proof):
 def test_hgrn2(record_proof):
     """2404.07904: h_t = Diag(f_t) h_{t-1} + (1 - f_t) outer i_t, y_t = h_t o_t.
 
-    The floors are HGRN's (2311.04823, section 3.2): softmax over the layers, summed up to this one, minus the first.
+    The floors are HGRN's (2311.04823): softmax over the layers, summed up to this one, minus the first.
     """
     def loop(whole: Weights, tokens):
         def memory(w: Weights, x: Tensor, here: Here) -> Tensor:
