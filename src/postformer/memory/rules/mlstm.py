@@ -3,7 +3,8 @@
     m_t = max(log f_t + m_{t-1}, i_t);  g_t = log f_t + m_{t-1} - m_t <= 0;  k_add = exp(i_t - m_t) k_t
     h_t = S_t^T q_t / max(|n_t . q_t|, exp(-m_t))          n is the state's column of ones
 
-The output does not depend on m, so m carries no gradient. Gates are soft-capped at 15.
+m starts at 0, as the reference's does. The output depends on m only through the 1e-6 in the read's denominator, so m
+carries no gradient. Gates are soft-capped at 15.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from postformer.memory.matrix_design import MatrixDesign
 from postformer.memory.rules import Rule, heads, rule
 from postformer.memory.rules.gates import fp32
 
-START, CAP = -1e30, 15.0
+NEVER, CAP = -1e30, 15.0
 
 
 def soft_cap(x: Tensor) -> Tensor:
@@ -54,21 +55,23 @@ class MLstm(Rule):
 
     def initial(self, batch: int) -> State:
         dtype = torch.float64 if self.i.weight.dtype == torch.float64 else torch.float32
-        return self.i.weight.new_full((batch, self.heads), START, dtype=dtype)
+        return self.i.weight.new_zeros(batch, self.heads, dtype=dtype)
 
     def forward(self, x: Tensor, local: State, ctx: Context) -> tuple[GDR, State]:
         scale = current().decay_scale
         i, f = soft_cap(fp32(self.i(x))), F.logsigmoid(soft_cap(fp32(self.f(x)))) * scale
         tick, write = gates(ctx)
         with torch.no_grad():
-            seen = i if write is None else torch.where(write[..., None] > 0, i, START)
+            seen = i if write is None else torch.where(write[..., None] > 0, i, NEVER)
             time = f if tick is None else f * tick[..., None].to(f.dtype)
             reset = ctx.reset(self.forget_at)
+            if reset is not None:
+                seen = torch.where(reset[..., None], torch.maximum(seen, time), seen)
             m = max_plus_scan(time.detach(), seen.detach(), local, reset=reset)
             before = torch.cat([local[:, None], m[:, :-1]], 1)
             if reset is not None:
-                before = before.masked_fill(reset[..., None], START)
-            shift = (before - m).clamp(min=START)
+                before = before.masked_fill(reset[..., None], 0)
+            shift = before - m
         g = _at_most_zero(f + shift) / max(scale, 1e-30)  # the kernel scales again; the shift is no decay
         gain = torch.exp(_at_most_zero(i - m))
         q = heads(self.q(x), self.heads) * self.dim_key**-0.5
