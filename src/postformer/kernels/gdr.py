@@ -62,9 +62,12 @@ def _check(q, g, w, e, u, k_add, v_add, state, reset, chunk, emit) -> tuple[int,
     return rows // T, dv
 
 
-def _tokens_per_chunk(T: int, micro: int, chunk: int) -> int:
-    """The largest power of two with at most `chunk` rows, no longer than needed for T tokens."""
+def _tokens_per_chunk(T: int, micro: int, chunk: int, q: Tensor, dv: int) -> int:
+    """The largest power of two with at most `chunk` rows that is worth its C^2 work, no longer than T tokens need."""
     C = chunk
+    if q.device.type == "cpu":
+        while C > 16 and C > max(q.shape[-1], dv) // 2:
+            C //= 2
     while C > 1 and C * micro > max(chunk, 16):
         C //= 2
     while C > 1 and C // 2 >= T:
@@ -154,7 +157,8 @@ def gdr(
 def _parallel(q, g, writes, S, reset, flags, chunk, emit):
     """Chunks that start wherever a state is to be emitted, or else one call for each emitted state."""
     T, micro = q.shape[2], flags[0]
-    C = _tokens_per_chunk(T, micro, chunk)
+    dv = S.shape[-1]
+    C = _tokens_per_chunk(T, micro, chunk, q, dv)
     if emit is None:
         return (*gdr_chunked(q, g, *writes, S, reset, *flags, C)[:2], None)
     common = emit & -emit
@@ -172,7 +176,7 @@ def _parallel(q, g, writes, S, reset, flags, chunk, emit):
 
         o, S, _ = gdr_chunked(
             cut(q), cut(g), *(cut(x, micro) for x in writes), S, None if reset is None else reset[:, t:stop],
-            *flags, _tokens_per_chunk(stop - t, micro, chunk),
+            *flags, _tokens_per_chunk(stop - t, micro, chunk, q, dv),
         )
         out.append(o)
     return torch.cat(out, 2), S, torch.stack(emitted, 1)

@@ -127,8 +127,8 @@ def _micro(factor: Tensor, early: Tensor | None, per_token: int) -> Tensor:
     return torch.stack(rows, -2).flatten(-3, -2)
 
 
-def _channel_chunks(q, g, w, e, u, k, v, start, R: int, early_erase: bool, early_read: bool) -> tuple[Tensor, Tensor]:
-    """One decay per key channel; folded arguments, g [N, G, C, dk]. Returns o and the states as `HeadChunks` does."""
+def _channel_chunks(q, g, w, e, u, k, v, start, R: int, early_erase: bool, early_read: bool):
+    """One decay per key channel; folded arguments, g [N, G, C, dk]. Returns what `HeadChunks` does."""
     C, dv = q.shape[-2], start.shape[-1]
     inclusive, to_end = g.cumsum(-2).exp(), _after(g).exp()
     before = _before(g).exp() if early_erase or early_read else None
@@ -165,7 +165,7 @@ def _channel_chunks(q, g, w, e, u, k, v, start, R: int, early_erase: bool, early
     o = (q * _micro(inclusive, before if early_read else None, 1)) @ S[:-1]
     if w is not None:
         o = o + read(w) @ d
-    return o if o_local is None else o + o_local, S
+    return o if o_local is None else o + o_local, S[-1], S[:-1]
 
 
 def gdr_chunked(
@@ -207,12 +207,11 @@ def gdr_chunked(
             w, e, u, k_add, v_add = (
                 None if x is None else F.pad(x, (0, 0, 0, pad * R)) for x in (w, e, u, k_add, v_add)
             )
-        o, S = HeadChunks.apply(q, g, w, e, u, k_add, v_add, state, C, *flags)
+        o, last, S = HeadChunks.apply(q, g, w, e, u, k_add, v_add, state, C, *flags)
         o = o[:, :, :T]
     else:
         q, g = _fold(q, C, pad), _fold(g, C, pad)
         w, e, u, k_add, v_add = (None if x is None else _fold(x, C * R, pad * R) for x in (w, e, u, k_add, v_add))
-        o, S = _channel_chunks(q, g, w, e, u, k_add, v_add, state.flatten(0, 1), *flags)
+        o, last, S = _channel_chunks(q, g, w, e, u, k_add, v_add, state.flatten(0, 1), *flags)
         o = o.unflatten(1, (B, H)).permute(1, 2, 0, 3, 4).reshape(B, H, T + pad, dv)[:, :, :T]
-    S = S.unflatten(1, (B, H))
-    return o, S[-1], S[:-1]
+    return o, last.unflatten(0, (B, H)), S.unflatten(1, (B, H))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-WORKING_SET = 1 << 17
+WORKING_SET = 1 << 15
 """Elements of one [C, C] matrix over heads and chunks worked on at a time: about ten of them should fit in a cache."""
 
 
@@ -94,6 +94,12 @@ class _Tables:
         return _table_gradient(P)
 
 
+def _solve(A: Tensor, sides: Tensor, upper: bool) -> Tensor:
+    """(I + A)^-1 sides for a strictly triangular A: its zero diagonal is read as one."""
+    # Without `out` the result is column-major, which costs two copies here and more in whatever reads it.
+    return torch.linalg.solve_triangular(A, sides, upper=upper, unitriangular=True, out=torch.empty_like(sides))
+
+
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(-1, keepdim=True)
 
@@ -111,7 +117,9 @@ def _put(x: Tensor, p: slice, N: int, part: Tensor) -> None:
 
 
 class HeadChunks(torch.autograd.Function):
-    """(q, g, w, e, u, k, v, start [B, H, dk, dv], C, R, flags) -> (o [B, H, T, dv], S [N+1, B * H, dk, dv]).
+    """(q, g, w, e, u, k, v, start [B, H, dk, dv], C, R, flags) -> (o [B, H, T, dv], state, S).
+
+    state [B * H, dk, dv] is the last one, S [N, B * H, dk, dv] those before each chunk.
 
     Shapes as in `gdr`, T a multiple of C, g [B, H, T, 1] or None. Chunks are copied out of the arguments as they are
     worked on, so that these may lie in memory as they please.
@@ -141,12 +149,8 @@ class HeadChunks(torch.autograd.Function):
                 target = w_.new_zeros(*w_.shape[:-1], dv) if u_ is None else u_
                 if k is not None:
                     target = target - ((e_ @ k_.mT) * tables.erase) @ v_
-                solved = torch.linalg.solve_triangular(
-                    (e_ @ w_.mT).mul_(tables.erase),  # the diagonal is read as one
-                    torch.cat([target, tables.scale(e_, tables.erase_start)], -1),
-                    upper=False,
-                    unitriangular=True,
-                ).unflatten(0, (-1, G))
+                sides = torch.cat([target, tables.scale(e_, tables.erase_start)], -1)
+                solved = _solve((e_ @ w_.mT).mul_(tables.erase), sides, upper=False).unflatten(0, (-1, G))
                 target = solved[..., :dv]
                 probe[p] = solved[..., dv:]
                 w_end = tables.scale(w_, tables.end).unflatten(0, (-1, G))
@@ -170,18 +174,20 @@ class HeadChunks(torch.autograd.Function):
             _put(o, p, N, o_)
         ctx.save_for_backward(q, g, w, e, u, k, v, S, delta, probe)
         ctx.flags = (C, R, early_erase, early_read)
-        return o, S
+        ctx.set_materialize_grads(False)
+        return o, S[N].clone(), S[:N]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_o, grad_S):
+    def backward(ctx, grad_o, grad_last, grad_S):
         q, g, w, e, u, k, v, S, delta, probe = ctx.saved_tensors
         C, R, early_erase, early_read = ctx.flags
         B, H, T, _ = q.shape
         N, G = T // C, B * H
-        grad_S = grad_S.contiguous()
+        if grad_o is None:
+            grad_o = q.new_zeros(()).expand(B, H, T, S.shape[-1])
         grads = [None if x is None else torch.empty_like(x) for x in (q, g, w, e, u, k, v)]
-        carry = grad_S[N]
+        carry = torch.zeros_like(S[0]) if grad_last is None else grad_last
         for p in reversed(HeadChunks._pieces(N, G, C, R)):
             taken = (None if x is None else _take(x, p, N) for x in (q, g, w, e, k, v, grad_o))
             q_, g_, w_, e_, k_, v_, go = taken
@@ -200,7 +206,8 @@ class HeadChunks(torch.autograd.Function):
             # The only sequential part: `later[n]` is the gradient of the state after chunk n.
             whole = tables.whole.unflatten(0, (-1, G)) if tables.decays else None
             first = (tables.scale(q_, tables.read_start).mT @ go).unflatten(0, (-1, G))
-            first += grad_S[p]
+            if grad_S is not None:
+                first += grad_S[p]
             later = torch.empty_like(first)
             for n in range(first.shape[0] - 1, -1, -1):
                 later[n] = carry
@@ -221,7 +228,7 @@ class HeadChunks(torch.autograd.Function):
             read = erase = erase_start = 0.0
             end = 0.0
             if w is not None:
-                rho = torch.linalg.solve_triangular(A.mT, gd.flatten(0, 1), upper=True, unitriangular=True)
+                rho = _solve(A.mT, gd.flatten(0, 1), upper=True)
                 grad = go @ delta_.mT
                 read = read + grad * M
                 grad *= tables.read

@@ -1,4 +1,7 @@
-"""Mamba's selective scan (arXiv 2312.00752), with memory that does not grow with tokens times state."""
+"""Mamba's selective scan (arXiv 2312.00752), with memory that does not grow with tokens times state.
+
+Inside, states are [Bt, N, D]: D is the longer of the two, and elementwise work wants a long last dimension.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from . import settings
 from .scan import _blocked, _linear
 
 BUDGET = 1 << 18
-"""Elements of a state history kept at a time, [Bt, L, D, N]: few enough to stay in a cache, many to hide overhead."""
+"""Elements of a state history kept at a time, [Bt, L, N, D]: few enough to stay in a cache, many to hide overhead."""
 
 
 def _piece(x: Tensor, state: Tensor) -> int:
@@ -21,11 +24,11 @@ def _piece(x: Tensor, state: Tensor) -> int:
 
 
 def _history(dt, x, A, B, reset, start) -> tuple[Tensor, Tensor]:
-    """(decays, states) of one piece, both [Bt, L, D, N]."""
-    decay = (dt.unsqueeze(-1) * A).exp_()
+    """(decays, states) of one piece, both [Bt, L, N, D]; A and start are [N, D] and [Bt, N, D]."""
+    decay = (dt.unsqueeze(-2) * A).exp_()
     if reset is not None:
         decay.masked_fill_(reset[..., None, None], 0.0)
-    h = (dt * x).unsqueeze(-1) * B.unsqueeze(-2)
+    h = (dt * x).unsqueeze(-2) * B.unsqueeze(-1)
     # In place: a token's input is read before its state is stored there.
     _blocked(decay, h, start, h, _linear, torch.mul, False)
     return decay, h
@@ -44,7 +47,7 @@ class _SelectiveScan(torch.autograd.Function):
             s = slice(i, min(i + L, T))
             starts.append(h)
             _, states = _history(dt[:, s], x[:, s], A, B[:, s], None if reset is None else reset[:, s], h)
-            y[:, s] = (states @ C[:, s].unsqueeze(-1)).squeeze(-1)
+            y[:, s] = (C[:, s].unsqueeze(-2) @ states).squeeze(-2)
             if emit is not None:
                 emitted += [h if t == i else states[:, t - 1 - i].clone() for t in _marks(s.start, s.stop, emit)]
             h = states[:, -1].clone()
@@ -64,8 +67,8 @@ class _SelectiveScan(torch.autograd.Function):
             s = slice(n * L, min(n * L + L, T))
             dt_s, x_s, B_s, gy = dt[:, s], x[:, s], B[:, s], grad_y[:, s]
             decay, h = _history(dt_s, x_s, A, B_s, None if reset is None else reset[:, s], starts[n])
-            grad_C[:, s] = (gy.unsqueeze(-2) @ h).squeeze(-2)
-            total = gy.unsqueeze(-1) * C[:, s].unsqueeze(-2)
+            grad_C[:, s] = (h @ gy.unsqueeze(-1)).squeeze(-1)
+            total = gy.unsqueeze(-2) * C[:, s].unsqueeze(-1)
             marks = _marks(s.start, s.stop, emit) if emit is not None else range(0)
             for t in marks:
                 if t > s.start:
@@ -76,15 +79,15 @@ class _SelectiveScan(torch.autograd.Function):
             carry = decay[:, 0] * total[:, 0]
             if s.start in marks:
                 carry = carry + grad_emitted[:, s.start // emit]
-            grad_in = (total @ B_s.unsqueeze(-1)).squeeze(-1)
-            grad_B[:, s] = ((dt_s * x_s).unsqueeze(-2) @ total).squeeze(-2)
+            grad_in = (B_s.unsqueeze(-2) @ total).squeeze(-2)
+            grad_B[:, s] = (total @ (dt_s * x_s).unsqueeze(-1)).squeeze(-1)
             # What is left is the gradient of the decay's exponent: total * previous state * decay.
             decay *= total
             decay[:, 1:] *= h[:, :-1]
             decay[:, 0] *= starts[n]
             grad_x[:, s] = grad_in * dt_s
-            grad_dt[:, s] = grad_in * x_s + (decay * A).sum(-1)
-            grad_A += (decay * dt_s.unsqueeze(-1)).sum((0, 1))
+            grad_dt[:, s] = grad_in * x_s + (decay * A).sum(-2)
+            grad_A += decay.mul_(dt_s.unsqueeze(-2)).sum((0, 1))
         return grad_x, grad_dt, grad_A, grad_B, grad_C, carry, None, None
 
 
@@ -157,6 +160,7 @@ def selective_scan(
         if backend == "reference" or (backend == "auto" and x.shape[1] <= 2):
             y, h, emitted = _reference(x, dt, A, B, C, h, reset, emit)
         else:
-            y, h, emitted = _SelectiveScan.apply(x, dt, A, B, C, h, reset, emit)
+            y, h, emitted = _SelectiveScan.apply(x, dt, A.mT.contiguous(), B, C, h.mT.contiguous(), reset, emit)
+            h, emitted = h.mT.contiguous(), emitted.mT if emit is not None else None
     y = y.to(out_dtype)
     return (y, h) if emit is None else (y, h, emitted)
