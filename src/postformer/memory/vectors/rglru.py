@@ -26,6 +26,12 @@ def decay_range(p: Tensor) -> Tensor:
     return p.copy_(torch.log(torch.expm1(-a.log() / 8)))
 
 
+def bounded_sqrt(x: Tensor) -> Tensor:
+    """sqrt(x) for x >= 0, with a derivative of at most 1000 as in the paper's code: finite where a gate is shut."""
+    slope = x * (0.5 * x.detach().clamp_min(2.5e-7).rsqrt())
+    return slope + (x.sqrt() - slope).detach()
+
+
 @unit("rglru")
 class RgLru(Unit):
     four = ("vector", "dot", "forget, per channel, input-dependent", "gradient, step sqrt(1 - a^2) i")
@@ -67,7 +73,7 @@ class RgLru(Unit):
         if self.conv is not None:
             u, local = self.conv(u, local, ctx, self.design.forget_at)
         log_a = -8 * fp32(self._gate(u, "recurrence")) * F.softplus(fp32(self.decay))
-        scale = torch.sqrt((-torch.expm1(2 * log_a)).clamp_min(1e-6))
+        scale = bounded_sqrt(-torch.expm1(2 * log_a))
         if ctx.position is not None:
             scale = torch.where((ctx.position == 0)[..., None], 1.0, scale)
         h = gated_scan(log_a, fp32(u * self._gate(u, "input")) * scale, memory, ctx, self.design.forget_at)
