@@ -93,6 +93,7 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
     """Largest difference, as a share of their largest value."""
     assert ours.shape == theirs.shape
     assert ours.isfinite().all()
+    assert theirs.abs().max() > 0
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
@@ -137,12 +138,13 @@ def prove(record_proof: Callable[..., None], dtype: torch.dtype) -> Callable[...
     """prove(recipe, Class, config, mapping): that the recipe's whole language model is the class, in `dtype`."""
 
     def run(recipe: Recipe, cls: Any, config: Any, mapping: Mapping, label: str = "",
-            gradient_tolerance: float = 0.0) -> None:
+            gradient_tolerance: float = 0.0, adjust: Callable[[nn.Module], Any] = lambda _: None) -> None:
         mode = Wide() if dtype == torch.float64 else nullcontext()
         config._attn_implementation = "eager"
         with mode:
             theirs = cls(config).eval()
         randomise(theirs)
+        adjust(theirs)
         theirs.to(dtype)
         ours = build(recipe.model, seed=0).to(dtype)
         filled(ours, theirs, mapping)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from postformer.design import load
 
@@ -12,11 +14,17 @@ pytest.importorskip("transformers")
 from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 
-def test_griffin(prove: Any) -> None:
-    """Their recurrence, norms and softmax are in float32: widened for float64.
+def remember(theirs: nn.Module) -> None:
+    """Recurrence gates nearly or entirely shut in most channels, so that a is almost 1 and 1 - a^2 almost 0."""
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if name.endswith("recurrent_gate_bias"):
+                p.copy_(torch.rand(p.shape, generator=draw) * 25 - 25)
 
-    Both lengths exceed the attention window of 11. The width is 64 because theirs rounds sqrt(width) to bfloat16.
-    """
+
+def case() -> tuple[Any, Any, Any]:
+    """(recipe, config, mapping): both lengths of the proof exceed the window of 11; theirs rounds sqrt(64) to bf16."""
     overrides = ["model.mixers.attention.heads={query: 4, key_value: 1, dim: 16}", "model.mixers.attention.window=11",
                  "model.mixers.recurrent.blocks=4", "model.mixers.recurrent.dim_inner=96"]
     recipe = load("griffin", overrides, width=64, layers=4)
@@ -48,4 +56,17 @@ def test_griffin(prove: Any) -> None:
 
     config = RecurrentGemmaConfig(vocab_size=256, hidden_size=64, intermediate_size=2 * 192, num_hidden_layers=4,
                                   num_attention_heads=4, num_key_value_heads=1, lru_width=96, attention_window_size=11)
+    return recipe, config, weights
+
+
+def test_griffin(prove: Any) -> None:
+    """Their recurrence, norms and softmax are in float32: widened for float64."""
+    recipe, config, weights = case()
     prove(recipe, RecurrentGemmaForCausalLM, config, weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64], indirect=True)
+def test_griffin_shut(prove: Any) -> None:
+    """Where the gates let almost nothing in; in float64 only, since their 1 - a^2 has no digits left in float32."""
+    recipe, config, weights = case()
+    prove(recipe, RecurrentGemmaForCausalLM, config, weights, label=" (gates nearly shut)", adjust=remember)
