@@ -16,6 +16,7 @@ from postformer.contract import fallback
 from postformer.contract.context import EMPTY, Context, gates
 from postformer.contract.state import State
 from postformer.design.base import Design
+from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.kernels import sequential
 
@@ -106,6 +107,11 @@ class Mixer(nn.Module):
     @classmethod
     def traits(cls, design: Any) -> Traits:
         return Traits()
+
+    @classmethod
+    def choices(cls, design: Any) -> Choices | None:
+        """The four choices in words, for `explain` and reports; None for what is no memory."""
+        return None
 
     @classmethod
     def cost(cls, design: Any, site: Any) -> Cost | None:

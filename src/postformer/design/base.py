@@ -57,7 +57,7 @@ def _scaled(value: Any, ratio: float) -> Any:
 class DesignError(ValueError):
     """A design that cannot be: says file, path, value, what is allowed, the nearest valid spelling."""
 
-    exit_code = 3
+    exit_code = 2
 
     def __init__(self, message: str, *, path: str = "", file: str = "", line: int | None = None) -> None:
         self.message, self.path, self.file, self.line = message, path, file, line

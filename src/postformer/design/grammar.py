@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, WithJsonSchema, model_validator
 
 from postformer.design import registry
 from postformer.design.base import Design, DesignError
@@ -26,7 +26,7 @@ def _mixer(value: Any) -> Any:
     return cls.Design.model_validate(value)
 
 
-AnyMixer = Annotated[SerializeAsAny[Design], BeforeValidator(_mixer)]
+AnyMixer = Annotated[SerializeAsAny[Design], BeforeValidator(_mixer), WithJsonSchema({"x-postformer": "mixer"})]
 """A mixer's design of whatever registered kind."""
 
 

@@ -18,6 +18,7 @@ from postformer.contract.context import Context
 from postformer.contract.mixer import Mixer, Out, Traits
 from postformer.contract.state import Growing
 from postformer.design.base import Design
+from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.design.registry import register
 from postformer.kernels import attention
@@ -192,6 +193,12 @@ class Attention(Mixer):
     @classmethod
     def traits(cls, design: AttentionDesign) -> Traits:
         return Traits(streaming="constant" if design.window else "growing", native_emit=False)
+
+    @classmethod
+    def choices(cls, design: AttentionDesign) -> Choices:
+        kept = "none: every token stays" if design.window is None else f"the last {design.window} tokens stay"
+        return Choices("list of keys and values", "weighted regression on all kept pairs", kept, "append",
+                       "o_t = sum_i softmax_i(q_t . k_i / sqrt(d)) v_i")
 
     @classmethod
     def cost(cls, design: AttentionDesign, site: Any) -> Cost:

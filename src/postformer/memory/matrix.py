@@ -18,6 +18,7 @@ from postformer.contract.affine import GDR, AffineMemory
 from postformer.contract.context import Context
 from postformer.contract.mixer import Traits
 from postformer.contract.state import State
+from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.design.registry import register
 from postformer.layers.activation import ACTIVATIONS
@@ -85,6 +86,10 @@ class Matrix(AffineMemory):
             publishes=("value",) if design.parameterisation == "rwkv7" else (),
             reads=(design.value_residual,) if design.value_residual else (),
         )
+
+    @classmethod
+    def choices(cls, design: MatrixDesign) -> Choices:
+        return resolve(design.parameterisation).choices(design)
 
     @classmethod
     def cost(cls, design: MatrixDesign, site: Any) -> Cost:

@@ -15,6 +15,7 @@ from postformer.contract.context import Context
 from postformer.contract.mixer import Mixer, Out, Traits
 from postformer.contract.state import State
 from postformer.design.base import Design, Scales
+from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.design.registry import register
 from postformer.memory.matrix_design import Local, _local
@@ -83,6 +84,10 @@ class Vector(Mixer):
     def traits(cls, design: VectorDesign) -> Traits:
         soft = design.local.kind == "none" and resolve(design.parameterisation).soft_gates
         return Traits(soft_gates=soft, native_emit=False)
+
+    @classmethod
+    def choices(cls, design: VectorDesign) -> Choices:
+        return resolve(design.parameterisation).four
 
     @classmethod
     def cost(cls, design: VectorDesign, site: Any) -> Cost:

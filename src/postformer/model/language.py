@@ -95,11 +95,20 @@ class LanguageModel(nn.Module):
                 select: Tensor | None = None) -> LMOutput:
         """tokens [B, T] int64; select [B, T] bool: logits only there, as [N, vocab]. Positions are set here."""
         out, state = self.run(self.embed(tokens), state, ctx)
-        y = out.y if select is None else out.y[select]
-        logits = y @ self.embedding.weight.T if self.head is None else self.head(y)
-        if cap := self.design.head.softcap:
-            logits = cap * torch.tanh(logits / cap)
+        logits = self.logits(out.y if select is None else out.y[select])
         return LMOutput(logits, state, out.losses, out.emitted, out.published)
+
+    def hidden(self, tokens: Tensor, ctx: Context | None = None, *, select: Tensor | None = None
+               ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """(what `logits` takes, [B, T, width] or [N, width]; auxiliary losses): for losses that take logits in parts."""
+        out, _ = self.run(self.embed(tokens), None, ctx)
+        return out.y if select is None else out.y[select], out.losses
+
+    def logits(self, y: Tensor) -> Tensor:
+        """[..., width] -> [..., vocab]"""
+        logits = y @ self.embedding.weight.T if self.head is None else self.head(y)
+        cap = self.design.head.softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, T] -> [B, T, width]"""

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
+
 from postformer.design import Recipe, load
 from postformer.verify import declared  # noqa: F401  (registers its checks)
 from postformer.verify.checks import CHECKS
@@ -42,7 +44,15 @@ class Verification:
 
 def verify(recipe: str | dict | Recipe, only: Iterable[str] = (), full: bool = False) -> Verification:
     """Run every check on a design at verification size (or, with full, at its own). A check that raises has failed."""
-    whole = load(recipe)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are tiny: a second thread only waits
+    try:
+        return _verify(load(recipe), only, full)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _verify(whole: Recipe, only: Iterable[str], full: bool) -> Verification:
     small = whole if full else reduced(whole)
     size = f"width {small.model.width}, {len(small.model.stack)} layers"
     results = []

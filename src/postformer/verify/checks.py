@@ -1,4 +1,4 @@
-"""The checks: each takes a subject in fp64 and returns (value, tolerance, note). A check passes when value <= tolerance.
+"""The checks: each takes a subject in fp64 and returns (value, tolerance, note); it passes when value <= tolerance.
 
 They state the contract of every mixer: causal, the same in parallel as token by token, for any split of the tokens,
 for any company in the batch, for any padding, packing or age of rows, and pure.
@@ -66,7 +66,8 @@ def gradients(s: Subject, x: Tensor, state: Any, scale: float, backend: str) -> 
         if leaf.requires_grad:
             total = total + (leaf.real if leaf.is_complex() else leaf).to(total.dtype).square().sum() * 1e-2
     named = {n: p for n, p in s.model.named_parameters() if p.requires_grad}
-    inputs = {**named, "x": x, **{f"state.{i}": leaf for i, leaf in enumerate(states.leaves(state)) if leaf.requires_grad}}
+    past = {f"state.{i}": leaf for i, leaf in enumerate(states.leaves(state)) if leaf.requires_grad}
+    inputs = {**named, "x": x, **past}
     found = torch.autograd.grad(total, list(inputs.values()), allow_unused=True)
     return out.y.detach(), states.detach(after), dict(zip(inputs, found))
 
@@ -122,11 +123,10 @@ def causal_gradient(s: Subject) -> Found:
     return worst, EXACT, ""
 
 
-def _pieces(s: Subject, x: Tensor, sizes: list[int], ctx: Context | None = None, state: Any = None) -> tuple[Tensor, Any]:
-    ys, at = [], 0
+def _pieces(s: Subject, x: Tensor, sizes: list[int]) -> tuple[Tensor, Any]:
+    ys, at, state = [], 0, None
     for size in sizes:
-        piece = None if ctx is None else ctx.narrow(at, at + size)
-        out, state = s(x[:, at : at + size], state, piece)
+        out, state = s(x[:, at : at + size], state)
         ys.append(out.y)
         at += size
     return torch.cat(ys, 1), state

@@ -64,7 +64,7 @@ class Subject:
 
 
 def subject(recipe: Recipe, dtype: torch.dtype = torch.float64, seed: int = 0) -> Subject:
-    """Build and scramble: parameters of one dim get noise, matrices are scaled up, so that no gate sits at its start."""
+    """Build and scramble: every parameter gets noise, so that no gate sits at its start."""
     model = build(recipe.model, seed).to(dtype)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():

@@ -12,6 +12,7 @@ from postformer.contract.affine import GDR
 from postformer.contract.context import Context
 from postformer.contract.state import State
 from postformer.design.base import nearest
+from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 
 T = TypeVar("T", bound="type[Rule]")
@@ -24,8 +25,8 @@ class Rule(nn.Module):
 
     micro_flops: ClassVar[float] = 4.0
     """FLOPs per dim_key x dim_value and token of the recurrence: 2 each for erase, write, add, read"""
-    four: ClassVar[tuple[str, str, str, str]] = ("", "", "", "")
-    """memory, inner loss, retention, update: the four choices in words, for `explain`"""
+    four: ClassVar[Choices]
+    """The four choices in words"""
     columns: int
     """Columns of the state per head: dim_value, + 1 with a normaliser"""
 
@@ -34,6 +35,10 @@ class Rule(nn.Module):
 
     def initial(self, batch: int) -> State:
         return None
+
+    @classmethod
+    def choices(cls, design: Any) -> Choices:
+        return cls.four
 
     @classmethod
     def cost(cls, design: Any, site: Any) -> Cost:

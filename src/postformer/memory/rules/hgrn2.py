@@ -15,6 +15,7 @@ from torch import Tensor
 from postformer.contract.affine import GDR
 from postformer.contract.context import Context
 from postformer.contract.state import State
+from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.memory.matrix_design import MatrixDesign
 from postformer.memory.rules import Rule, heads, rule
@@ -23,7 +24,9 @@ from postformer.memory.rules.gates import fp32
 
 @rule("hgrn2")
 class Hgrn2(Rule):
-    four = ("matrix", "dot", "forget, per channel, input-dependent with a floor by depth", "gradient, step 1 - f")
+    four = Choices("matrix", "dot", "decay f_t per channel, with a floor that rises with depth",
+                   "one gradient step of size 1 - f_t",
+                   "S_t = Diag(f_t) S_{t-1} + (1 - f_t) v_t^T;  o_t = S_t^T q_t")
 
     def __init__(self, design: MatrixDesign, site: Any) -> None:
         super().__init__()

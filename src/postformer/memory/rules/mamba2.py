@@ -13,6 +13,7 @@ from torch import Tensor
 from postformer.contract.affine import GDR
 from postformer.contract.context import Context
 from postformer.contract.state import State
+from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.layers.local import ShortConvolution
 from postformer.memory.matrix_design import MatrixDesign
@@ -22,7 +23,8 @@ from postformer.memory.rules.gates import fp32, inverse_softplus_dt, log_uniform
 
 @rule("mamba2")
 class Mamba2(Rule):
-    four = ("matrix", "dot", "forget, per head, input-dependent", "gradient, step Delta")
+    four = Choices("matrix", "dot", "decay per head, chosen by the input", "one gradient step of size Delta_t",
+                   "S_t = exp(-A Delta_t) S_{t-1} + B_t (Delta_t x_t)^T;  o_t = S_t^T C_t + D x_t")
 
     def __init__(self, design: MatrixDesign, site: Any) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ from torch import Tensor
 from postformer.contract.affine import GDR
 from postformer.contract.context import Context, gates
 from postformer.contract.state import State
+from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.kernels import current, max_plus_scan
 from postformer.memory.matrix_design import MatrixDesign
@@ -38,7 +39,9 @@ def _at_most_zero(x: Tensor) -> Tensor:
 
 @rule("mlstm")
 class MLstm(Rule):
-    four = ("matrix and its normaliser", "dot", "forget, per head, input-dependent", "gradient, exponential step")
+    four = Choices("matrix and its normaliser n", "dot", "decay f_t per head, chosen by the input",
+                   "one gradient step of exponential size exp(i_t)",
+                   "S_t = f_t S_{t-1} + exp(i_t) k_t v_t^T;  o_t = S_t^T q_t / max(|n_t . q_t|, 1)")
 
     def __init__(self, design: MatrixDesign, site: Any) -> None:
         super().__init__()

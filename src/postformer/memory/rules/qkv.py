@@ -15,6 +15,7 @@ from torch import Tensor
 from postformer.contract.affine import GDR
 from postformer.contract.context import Context
 from postformer.contract.state import State
+from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.layers.local import ShortConvolution, token_shift
 from postformer.layers.norm import l2norm
@@ -97,6 +98,24 @@ class Qkv(Rule):
         if self.steps > 1:
             x = x.unflatten(-1, (self.steps, -1)).flatten(1, 2)
         return heads(x, count, group)
+
+    @classmethod
+    def choices(cls, design: MatrixDesign) -> Choices:
+        r, steps = design.retention, design.update.steps
+        retention = {"none": "none"}.get(r.per) or (
+            "fixed decay per head" if r.gate == "fixed" else f"decay per {r.per}, chosen by the input")
+        size = {"one": "1", "sigmoid": "in (0, 1)", "double-sigmoid": "in (0, 2)"}[design.rate]
+        update = f"{'one gradient step' if steps == 1 else f'{steps} gradient steps'} of size {size}"
+        keep = {"none": "S_{t-1}", "head": "a_t S_{t-1}", "channel": "Diag(a_t) S_{t-1}"}[r.per]
+        rate = "" if design.rate == "one" else "b_t "
+        if design.loss == "l2":
+            times = "" if steps == 1 else f"  ({steps} times per token)"
+            rule = f"S_t = (I - b_t k_t k_t^T) {keep} + b_t k_t v_t^T{times}"
+        else:
+            rule = f"S_t = {keep} + {rate}k_t v_t^T"
+        read = "o_t = S_t^T q_t" + (" / (z_t . q_t)" if design.normaliser == "sum" else "")
+        return Choices("matrix" + (" and its normaliser z" if design.normaliser == "sum" else ""), design.loss,
+                       retention, update, f"{rule};  {read}")
 
     @classmethod
     def cost(cls, design: MatrixDesign, site: Any) -> Cost:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from postformer.contract.context import Context, gates
 from postformer.contract.state import State
 from postformer.design.base import nearest
+from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.kernels import current, scan
 
@@ -23,8 +24,8 @@ class Unit(nn.Module):
     """x [B, T, D] -> (y [B, T, D_out], state)."""
 
     soft_gates: ClassVar[bool] = True
-    four: ClassVar[tuple[str, str, str, str]] = ("vector", "dot", "forget, per channel, input-dependent", "gradient")
-    """memory, inner loss, retention, update: the four choices in words, for `explain`"""
+    four: ClassVar[Choices]
+    """The four choices in words"""
 
     def forward(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         raise NotImplementedError

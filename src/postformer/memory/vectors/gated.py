@@ -14,6 +14,7 @@ from torch import Tensor
 
 from postformer.contract.context import Context
 from postformer.contract.state import State
+from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.layers.norm import RMSNorm
 from postformer.memory.rules.gates import fp32
@@ -21,7 +22,8 @@ from postformer.memory.vectors import Unit, gated_scan, unit
 
 
 class _Gated(Unit):
-    four = ("vector", "dot", "forget, per channel, input-dependent", "gradient, step 1 - f")
+    four = Choices("vector", "dot", "decay f_t per channel, chosen by the input", "one gradient step of size 1 - f_t",
+                   "h_t = f_t .* h_{t-1} + (1 - f_t) .* c_t;  y_t = h_t")
 
     def __init__(self, design: Any, site: Any) -> None:
         super().__init__()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from postformer.contract.context import Context, gates
 from postformer.contract.state import State
+from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.kernels import selective_scan
 from postformer.layers.local import ShortConvolution
@@ -29,8 +30,9 @@ def step_rank(design: Any, width: int) -> int:
 @unit("mamba1")
 class Mamba1(Unit):
     soft_gates = False
-    four = ("vector, N states per channel", "dot", "forget, per channel and state, input-dependent",
-            "gradient, step Delta")
+    four = Choices("vector, N states per channel", "dot", "decay per channel and state, chosen by the input",
+                   "one gradient step of size Delta_t",
+                   "h_t = exp(Delta_t A) .* h_{t-1} + Delta_t x_t B_t;  y_t = C_t . h_t + D x_t")
 
     def __init__(self, design: Any, site: Any) -> None:
         super().__init__()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from postformer.contract.context import Context
 from postformer.contract.state import State
+from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.layers.local import ShortConvolution
 from postformer.memory.rules.gates import fp32
@@ -34,7 +35,9 @@ def bounded_sqrt(x: Tensor) -> Tensor:
 
 @unit("rglru")
 class RgLru(Unit):
-    four = ("vector", "dot", "forget, per channel, input-dependent", "gradient, step sqrt(1 - a^2) i")
+    four = Choices("vector", "dot", "decay per channel, chosen by the input",
+                   "one gradient step of size sqrt(1 - a_t^2) i_t",
+                   "h_t = a_t .* h_{t-1} + sqrt(1 - a_t^2) .* i_t .* x_t;  y_t = h_t")
 
     def __init__(self, design: Any, site: Any) -> None:
         super().__init__()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from postformer.contract.context import Context, gates
 from postformer.contract.state import State
+from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.kernels import current, fft_convolution
 from postformer.memory.rules.gates import fp32
@@ -24,7 +25,9 @@ from postformer.memory.vectors import Unit, gated_scan, unit
 
 
 class _Space(Unit):
-    four = ("vector, complex", "reconstruction of the past (HiPPO)", "forget, per state, fixed", "gradient, fixed step")
+    four = Choices("vector, complex", "reconstruction of the past (HiPPO)", "fixed decay per state",
+                   "one gradient step, fixed size",
+                   "h_t = exp(Delta A) .* h_{t-1} + B x_t;  y_t = 2 Re(C h_t) + D x_t")
 
     def __init__(self, design: Any, site: Any) -> None:
         super().__init__()

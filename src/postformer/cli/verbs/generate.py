@@ -1,0 +1,57 @@
+"""postformer generate: continue a prompt with a trained run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from postformer.cli.console import Json, Quiet, finish
+
+
+def generate(
+    run: Annotated[Path, typer.Argument(help="The directory of a trained run.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "def ",
+    tokens: Annotated[int, typer.Option(min=1, help="How many to add.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Nucleus: smallest set with this probability.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
+    quiet: Quiet = False, json: Json = False,
+) -> None:
+    """Continue a prompt, carrying the state: nothing is recomputed, and memory stays constant where the design's does."""
+    import time
+
+    import torch
+
+    from postformer.data.codec import decode_bytes, encode
+    from postformer.sampling import Policy, stream
+    from postformer.training.run import load_run
+
+    if not prompt:
+        raise typer.BadParameter("the prompt is empty; give at least one character")
+    recipe, model = load_run(run)
+    if recipe.model.vocab != 256:
+        raise typer.BadParameter(f"{run} was trained on a task with {recipe.model.vocab} symbols, not on text")
+    generator = torch.Generator().manual_seed(seed)
+    start, made = time.perf_counter(), bytearray()
+    sys.stdout.write(prompt)
+    pending = b""
+    for piece in stream(model, encode(prompt)[None], Policy(temperature, top_p=top_p), tokens, generator=generator):
+        raw = decode_bytes(piece.token)
+        made += raw
+        pending += raw
+        try:
+            sys.stdout.write(pending.decode("utf-8"))
+            pending = b""
+        except UnicodeDecodeError:
+            if len(pending) > 3:
+                sys.stdout.write(pending.decode("utf-8", errors="replace"))
+                pending = b""
+        sys.stdout.flush()
+    seconds = time.perf_counter() - start
+    print(pending.decode("utf-8", errors="replace"))
+    if not quiet:
+        print(f"\n{len(made)} bytes in {seconds:.2f} s ({len(made) / seconds:.0f}/s)", file=sys.stderr)
+    finish({"prompt": prompt, "text": made.decode("utf-8", errors="replace"), "seconds": seconds}, json)

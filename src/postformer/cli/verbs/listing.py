@@ -1,0 +1,30 @@
+"""postformer list: the recipes, kinds, tasks and corpora there are."""
+
+from __future__ import annotations
+
+from postformer.cli.console import Json, finish
+
+
+def list_(json: Json = False) -> None:
+    """Show the recipes that ship with postformer, and the kinds and tasks known here."""
+    from importlib.metadata import entry_points
+    from importlib.resources import files
+
+    import yaml
+
+    from postformer.design import kinds, names
+
+    recipes = {}
+    for name in names():
+        raw = yaml.safe_load(files("postformer").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8"))
+        recipes[name] = {"paper": raw.get("paper"), "summary": raw.get("summary", "")}
+    tasks = sorted({e.name for e in entry_points(group="postformer.tasks")})
+    width = max(map(len, recipes))
+    print("recipes")
+    for name, about in recipes.items():
+        print(f"  {name:<{width}}  {about['paper'] or '':<11} {about['summary']}")
+    print("\nkinds of mixers\n  " + ", ".join(kinds()))
+    print("\ntasks\n  " + ", ".join(tasks))
+    print("\ndata\n  stdlib, enwik8, or any file or directory")
+    print("\n`postformer explain RECIPE` tells more; `postformer verify RECIPE` checks a recipe, yours included.")
+    finish({"recipes": recipes, "kinds": kinds(), "tasks": tasks}, json)
