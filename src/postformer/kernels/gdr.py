@@ -66,7 +66,7 @@ def _tokens_per_chunk(T: int, micro: int, chunk: int, q: Tensor, dv: int) -> int
     """The largest power of two with at most `chunk` rows that is worth its C^2 work, no longer than T tokens need."""
     C = chunk
     if q.device.type == "cpu":
-        while C > 16 and C > max(q.shape[-1], dv) // 2:
+        while C > 16 and max(q.shape[-1], dv) // 2 < C:
             C //= 2
     while C > 1 and C * micro > max(chunk, 16):
         C //= 2
