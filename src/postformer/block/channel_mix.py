@@ -24,7 +24,7 @@ from postformer.layers.local import token_shift
 
 class ChannelMixDesign(Design):
     kind: Literal["channel-mix"] = "channel-mix"
-    expand: float = Field(4, gt=0)
+    expand: float = Field(default=4, gt=0)
     forget_at: Literal["segment", "document", "stream"] = "document"
 
     def hidden(self, width: int) -> int:

@@ -22,9 +22,9 @@ from postformer.layers.activation import ACTIVATIONS, Activation
 
 class FeedForwardDesign(Design):
     kind: Literal["swiglu", "geglu", "mlp"] = "swiglu"
-    dim_hidden: Annotated[int | None, Scales()] = Field(None, ge=1)
+    dim_hidden: Annotated[int | None, Scales()] = Field(default=None, ge=1)
     """None: expand * width, rounded up to a multiple of 8"""
-    expand: float | None = Field(None, gt=0)
+    expand: float | None = Field(default=None, gt=0)
     """None: 8/3 gated, 4 plain"""
     activation: Activation | None = None
     """Of a plain MLP; None: gelu"""

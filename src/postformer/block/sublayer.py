@@ -34,7 +34,8 @@ class Sublayer(nn.Module):
 
     @property
     def runs(self) -> Mixer:
-        return self.mixer.module if isinstance(self.mixer, Reference) else self.mixer
+        found: Any = self.mixer.module if isinstance(self.mixer, Reference) else self.mixer
+        return found
 
     def forward(self, stream: Tensor, pending: Tensor | None, state: State, ctx: Context) -> Out:
         """stream [B, T, D] and what an earlier `residual: next` left for this input -> the branch."""

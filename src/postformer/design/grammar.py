@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, WithJsonSchema, model_validator
 
@@ -26,13 +26,16 @@ def _mixer(value: Any) -> Any:
     return cls.Design.model_validate(value)
 
 
-AnyMixer = Annotated[SerializeAsAny[Design], BeforeValidator(_mixer), WithJsonSchema({"x-postformer": "mixer"})]
+if TYPE_CHECKING:
+    AnyMixer = Any
+else:
+    AnyMixer = Annotated[SerializeAsAny[Design], BeforeValidator(_mixer), WithJsonSchema({"x-postformer": "mixer"})]
 """A mixer's design of whatever registered kind."""
 
 
 class Norm(Design):
     kind: Literal["rms", "layer", "zero-centred-rms", "none"] = "rms"
-    eps: float = Field(1e-6, gt=0)
+    eps: float = Field(default=1e-6, gt=0)
     affine: bool = True
     bias: bool = True
     """Only for `layer`: with a bias."""
@@ -64,7 +67,7 @@ class Embedding(Design):
 
 
 class Head(Design):
-    softcap: float | None = Field(None, gt=0)
+    softcap: float | None = Field(default=None, gt=0)
     """logits <- cap * tanh(logits / cap)"""
 
 
@@ -95,14 +98,14 @@ class Shared(Design):
     """A block whose parameters exist once per copy; state per site."""
 
     layer: tuple[Sublayer, ...]
-    copies: int = Field(1, ge=1)
+    copies: int = Field(default=1, ge=1)
 
 
 class Model(Design):
     """The architecture, desugared: `stack` is the flat list of layer names."""
 
     width: int = Field(gt=0)
-    vocab: int = Field(256, gt=1)
+    vocab: int = Field(default=256, gt=1)
     embedding: Embedding = Embedding()
     head: Head = Head()
     norm: AnyNorm = Norm()

@@ -222,13 +222,14 @@ def override(data: Any, item: str) -> None:
     if not eq or not path:
         raise DesignError(f"'{item}' is not an override; write path.to.field=value")
     keys = path.split(".")
-    at = data
-    for depth, key in enumerate(keys):
+    at: Any = data
+    for depth, name in enumerate(keys):
+        key: Any = name
         here = ".".join(keys[: depth + 1])
         if isinstance(at, list):
             if not key.isdigit() or int(key) >= len(at):
                 raise DesignError(f"'{key}' is no index of a list of {len(at)}", path=here)
-            key = int(key)  # type: ignore[assignment]
+            key = int(key)
         elif not isinstance(at, dict):
             raise DesignError(f"'{keys[depth - 1]}' has no fields of its own", path=here)
         if depth == len(keys) - 1:
@@ -236,7 +237,7 @@ def override(data: Any, item: str) -> None:
         elif isinstance(at, dict) and not isinstance(at.get(key), (dict, list)):
             if key in at and not isinstance(at[key], (str, type(None))):
                 raise DesignError(f"'{key}' has no fields of its own", path=here)
-            if depth < 2 or keys[depth - 1] == "mixers":
+            if depth and keys[depth - 1] in ("mixers", "layers", "shared"):
                 raise DesignError(f"no '{key}' here.{nearest(key, at)}", path=here)
             at[key] = {}
             at = at[key]
@@ -254,7 +255,7 @@ def _design_error(e: ValidationError, raw: Any = None) -> DesignError:
         fields = _fields(raw, err["loc"])
         return DesignError(f"unknown field '{loc[-1]}' (value {value!r}).{nearest(loc[-1], fields)}", path=path)
     if kind == "literal_error":
-        expected = [w.strip(" '") for w in err["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        expected = [w.strip(" '") for w in err.get("ctx", {})["expected"].replace(" or ", ", ").split(",")]
         return DesignError(f"{value!r} is not possible.{nearest(str(value), expected)}", path=path)
     if kind == "missing":
         return DesignError("this field is needed", path=path)

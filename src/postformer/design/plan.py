@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from postformer.design import registry
 from postformer.design.base import Design, DesignError, nearest
@@ -20,7 +21,7 @@ class Planned:
 
     sublayer: Sublayer
     place: Place
-    design: Design | None
+    design: Any
     """None: a shared block"""
     shared: tuple[str, int] | None = None
     """(name, copy) of a shared block"""
@@ -79,8 +80,7 @@ def sublayer_cost(item: Planned, model: Model) -> Cost:
     sub, width = item.sublayer, item.place.width
     total = Cost(params=norm_params(sub.norm or model.norm, width) + norm_params(sub.post_norm, model.width))
     if item.shared is None:
-        assert item.design is not None
-        total += mixer_cost(item.design, item.place)
+            total += mixer_cost(item.design, item.place)
     else:
         block = shared_places(model, item.shared[0], item.shared[1], len(model.stack))
         total += sum((sublayer_cost(b, model) for b in block), Cost()).shared()

@@ -27,10 +27,10 @@ from postformer.layers.rotary import rotary
 
 
 class AttentionHeads(Design):
-    query: int = Field(4, ge=1)
-    key_value: int | None = Field(None, ge=1)
+    query: int = Field(default=4, ge=1)
+    key_value: int | None = Field(default=None, ge=1)
     """None: one per query head"""
-    dim: int | None = Field(None, ge=1)
+    dim: int | None = Field(default=None, ge=1)
     """Channels of a head; None: width / query"""
 
     def scaled(self, ratio: float) -> AttentionHeads:
@@ -47,11 +47,11 @@ class AttentionHeads(Design):
 class AttentionDesign(Design):
     kind: Literal["attention"] = "attention"
     heads: AttentionHeads = AttentionHeads()
-    window: int | None = Field(None, ge=1)
+    window: int | None = Field(default=None, ge=1)
     """Tokens a query sees, itself included; None: all"""
     position: Literal["rope", "none"] = "rope"
-    rope_base: float = Field(10000.0, gt=1)
-    rope_fraction: float = Field(1.0, gt=0, le=1)
+    rope_base: float = Field(default=10000.0, gt=1)
+    rope_fraction: float = Field(default=1.0, gt=0, le=1)
     """Share of a head's channels that is rotated"""
     qk_norm: Literal["none", "rms", "zero-centred-rms"] = "none"
     gate: Literal["none", "sigmoid"] = "none"

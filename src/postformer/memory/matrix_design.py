@@ -10,13 +10,13 @@ from postformer.design.base import Design
 
 
 class MatrixHeads(Design):
-    value: int = Field(4, ge=1)
+    value: int = Field(default=4, ge=1)
     """Heads: each has its own state"""
-    key: int | None = Field(None, ge=1)
+    key: int | None = Field(default=None, ge=1)
     """Heads of q and k, each shared by value / key heads; None: one per value head"""
-    dim_key: int | None = Field(None, ge=1)
+    dim_key: int | None = Field(default=None, ge=1)
     """None: width / value"""
-    dim_value: int | None = Field(None, ge=1)
+    dim_value: int | None = Field(default=None, ge=1)
     """None: width / value"""
 
     def scaled(self, ratio: float) -> MatrixHeads:
@@ -62,7 +62,7 @@ class Update(Design):
     kind: Literal["gradient"] = "gradient"
     rate: Literal["one", "sigmoid", "double-sigmoid"] | None = None
     """one: 1; sigmoid: in (0, 1); double-sigmoid: in (0, 2). None: sigmoid for l2, one for dot"""
-    steps: int = Field(1, ge=1, le=8)
+    steps: int = Field(default=1, ge=1, le=8)
     """Gradient steps per token, each with its own key, value and rate (DeltaProduct)"""
 
 
@@ -70,7 +70,7 @@ class Local(Design):
     """Mixing of neighbouring tokens before the memory."""
 
     kind: Literal["none", "conv", "shift"] = "none"
-    size: int = Field(4, ge=2)
+    size: int = Field(default=4, ge=2)
     bias: bool = False
     activation: Literal["silu", "none"] = "silu"
 
@@ -87,7 +87,7 @@ class Read(Design):
     gate: Literal["none", "silu", "sigmoid"] = "none"
     gate_rank: int | Literal["dim-value"] | None = None
     order: Literal["norm-gate", "gate-norm"] = "norm-gate"
-    eps: float = Field(1e-5, gt=0)
+    eps: float = Field(default=1e-5, gt=0)
 
 
 def _local(value: Any) -> Any:

@@ -26,20 +26,20 @@ class VectorDesign(Design):
     kind: Literal["vector"] = "vector"
     parameterisation: str = "mamba1"
     """mamba1, rglru, hgrn, mingru, s4d or s5"""
-    dim_inner: Annotated[int | None, Scales()] = Field(None, ge=1)
+    dim_inner: Annotated[int | None, Scales()] = Field(default=None, ge=1)
     """Channels of the recurrence; None: 2 width for mamba1, width otherwise"""
-    dim_state: int = Field(16, ge=1)
+    dim_state: int = Field(default=16, ge=1)
     """States per channel (mamba1, s4d), or of the layer (s5)"""
-    rank: int | None = Field(None, ge=1)
+    rank: int | None = Field(default=None, ge=1)
     """Of the step size's projection (mamba1); None: width / 16, rounded up"""
     inner_norm: bool = False
     """RMS norms on the step size, B and C (Jamba, 2403.19887)"""
-    blocks: int = Field(1, ge=1)
+    blocks: int = Field(default=1, ge=1)
     """Diagonal blocks of the gates' weights (rglru)"""
     bias: bool = False
     """On the projections in and out"""
     local: Annotated[Local, BeforeValidator(_local)] = Local()
-    eps: float = Field(1e-6, gt=0)
+    eps: float = Field(default=1e-6, gt=0)
     forget_at: Literal["segment", "document", "stream"] = "document"
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
     quiet: Quiet = False, json: Json = False,
 ) -> None:
-    """Continue a prompt, carrying the state: nothing is recomputed, and memory stays constant where the design's does."""
+    """Continue a prompt, carrying the state: nothing is computed twice, and a constant state stays constant."""
     import time
 
     import torch

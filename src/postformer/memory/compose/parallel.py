@@ -45,7 +45,7 @@ class Parallel(Mixer):
         outs = [child(x, past, ctx) for child, past in zip(self.of, state)]
         ys = [out.y for out in outs]
         if self.norms is not None:
-            y = sum(norm(v) for norm, v in zip(self.norms, ys)) / len(ys)
+            y = torch.stack([norm(v) for norm, v in zip(self.norms, ys)]).mean(0)
         elif self.gate is not None:
             weight = self.gate(x).softmax(-1)
             y = (torch.stack(ys, -1) * weight[..., None, :]).sum(-1)

@@ -58,9 +58,33 @@ class Rwkv7(Rule):
     four = Choices("matrix", "l2", "decay per channel, chosen by the input",
                    "one gradient step, a rate a_t for every channel",
                    "S_t = (Diag(w_t) - (a_t .* c_t) c_t^T) S_{t-1} + k_t v_t^T;  o_t = S_t^T r_t")
+    micro_flops = 8.0
+
+    def __init__(self, design: MatrixDesign, site: Any) -> None:
+        super().__init__()
+        self.design = design
+        self.heads, _, self.dim_key, self.columns = design.sizes(site.width)
+        self.width = site.width
+        width, keys, values = site.width, self.heads * self.dim_key, self.heads * self.columns
+        for name, power in STREAMS.items():
+            start = shift_weights(width, site.layer, site.num_layers, power)
+            setattr(self, f"x_{name}", site.parameter(f"x_{name}", (width,), lambda p, s=start: p.copy_(s)))
+        self.r, self.k = site.linear("r", width, keys), site.linear("k", width, keys)
+        self.v = site.linear("v", width, values)
+        depth = site.layer / max(1, site.num_layers - 1)
+        speed = -6.5 + 5 * (torch.arange(keys) / max(1, keys - 1)) ** (0.85 + depth**0.5)
+        none = nn.Identity()
+        self.decay = Lora(site, "decay", rank(width, 1.8), keys, speed, torch.tanh)
+        self.rate = Lora(site, "rate", rank(width, 1.8), keys, torch.zeros(keys), none)
+        self.gate = Lora(site, "gate", rank(width, 0.6, 0.8), values, None, torch.sigmoid)
+        self.residual = (Lora(site, "residual", rank(width, 1.3), values, torch.ones(values), none)
+                         if design.value_residual else None)
+        self.k_k = site.parameter("k_k", (keys,), lambda p: p.fill_(0.85))
+        self.k_a = site.parameter("k_a", (keys,), lambda p: p.fill_(1))
+        self.r_k = site.parameter("r_k", (self.heads, self.dim_key), lambda p: p.zero_())
 
     def initial(self, batch: int) -> State:
-        return self.x_r.new_zeros(batch, 1, self.x_r.shape[0])
+        return self.k_k.new_zeros(batch, 1, self.width)
 
     def forward(self, x: Tensor, local: State, ctx: Context) -> tuple[GDR, State]:
         before, local = token_shift(x, local, ctx, self.design.forget_at)
