@@ -15,10 +15,6 @@ Step = Callable[[Tensor, Tensor, Tensor, Tensor], object]
 """step(a, h, b, out): out <- a h + b, in whatever algebra."""
 
 
-WIDE = 1 << 13
-"""Elements of one token's row from which blocks no longer pay on a CPU."""
-
-
 def _linear(a: Tensor, h: Tensor, b: Tensor, out: Tensor) -> None:
     torch.addcmul(b, a, h, out=out)
 
@@ -32,8 +28,7 @@ def _blocked(a: Tensor, b: Tensor, h: Tensor, out: Tensor, step: Step, compose: 
 
     T is cut into about sqrt(T) blocks. A first pass finds what each block does as a whole, all blocks side by side;
     the blocks' start values then follow one from another; a second pass fills all blocks side by side. So there are
-    about 3 sqrt(T) steps, and no intermediate is larger than one value per block. On a CPU, rows so wide that their
-    arithmetic outweighs the cost of a step are done one by one, in a single pass.
+    about 3 sqrt(T) steps, and no intermediate is larger than one value per block.
     """
     T = b.shape[1]
     C = max(1, math.isqrt(T))
@@ -41,7 +36,7 @@ def _blocked(a: Tensor, b: Tensor, h: Tensor, out: Tensor, step: Step, compose: 
     lead = T - N * C if reverse else 0  # what is left over is done last, in the direction of the walk
     inside = range(C - 1, -1, -1) if reverse else range(C)
     blocks = range(N - 1, -1, -1) if reverse else range(N)
-    if N > 1 and not (h.device.type == "cpu" and h.numel() >= WIDE):
+    if N > 1:
         a_n, b_n, out_n = (x[:, lead : lead + N * C].unflatten(1, (N, C)) for x in (a, b, out))
         first = inside[0]
         whole, end = a_n[:, :, first].clone(), b_n[:, :, first].clone()
