@@ -38,7 +38,8 @@ def attention(window: int | None):
     ("sliding-window", "2004.05150", 11),
 ])
 def test_attention(record_proof, recipe, paper, window):
-    heads = [f"model.mixers.attention.heads.{k}={v}" for k, v in (("query", QUERIES), ("key_value", KEYS), ("dim", DIM))]
+    sizes = {"query": QUERIES, "key_value": KEYS, "dim": DIM}
+    heads = [f"model.mixers.attention.heads.{k}={v}" for k, v in sizes.items()]
     more = [] if window is None else [f"model.mixers.attention.window={window}"]
     prove(record_proof, recipe, paper, model_of(recipe, heads + more),
           lambda w, tokens: model_loop(w, tokens, [[attention(window), swiglu]] * 2, rms_norm()))

@@ -1,12 +1,24 @@
-"""The delta rule's family, in the papers' orientations: DeltaNet, rates in (0, 2), Gated DeltaNet, KDA, DeltaProduct."""
+"""The delta rule's family in the papers' orientations: DeltaNet, rates up to 2, Gated DeltaNet, KDA, DeltaProduct."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from loops_plain import Here, Weights, convolve, model_loop, model_of, prove, rms, rms_norm, sigmoid, silu, softplus
-from loops_plain import swiglu as feedforward
-from loops_plain import unit
+from loops_plain import (
+    Here,
+    Weights,
+    convolve,
+    model_loop,
+    model_of,
+    prove,
+    rms,
+    rms_norm,
+    sigmoid,
+    silu,
+    softplus,
+    swiglu,
+    unit,
+)
 from torch import Tensor
 
 H, DK, DV = 2, 6, 10
@@ -112,4 +124,4 @@ def delta_product(steps: int):
 ], ids=lambda v: v if isinstance(v, str) else "")
 def test_delta_rules(record_proof, recipe, paper, memory, more):
     prove(record_proof, recipe, paper, model_of(recipe, HEADS + more),
-          lambda w, tokens: model_loop(w, tokens, [[memory, feedforward]] * 2, rms_norm()))
+          lambda w, tokens: model_loop(w, tokens, [[memory, swiglu]] * 2, rms_norm()))

@@ -43,7 +43,7 @@ def recurrence(groups: int, norm_groups: int):
 
 
 def quadratic(w: Weights, tokens) -> Tensor:
-    """The dual form: y = (L . C B^T) (Delta x) with the 1-semiseparable L_ts = a_t a_{t-1} ... a_{s+1}, whole layers."""
+    """The dual form, for whole layers: y = (L . C B^T) (Delta x) with the 1-semiseparable L_ts = a_t ... a_{s+1}."""
     norm, length = rms_norm(1e-5), len(tokens)
     xs = [w("embedding.weight")[t] for t in tokens]
     for i in range(2):

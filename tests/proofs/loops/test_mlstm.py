@@ -1,4 +1,7 @@
-"""mLSTM (2405.04517) without a stabiliser: exp(i) as it stands, which float64 holds for moderate gates."""
+"""mLSTM (2405.04517, in the block of 2503.13427) without a stabiliser.
+
+exp(i) stands as it is, which float64 holds for moderate gates.
+"""
 
 from __future__ import annotations
 
@@ -33,5 +36,5 @@ def mlstm(w: Weights, x: Tensor, here: Here) -> Tensor:
 
 def test_mlstm(record_proof):
     heads = [f"model.mixers.memory.heads.{k}={v}" for k, v in (("value", H), ("dim_key", DK), ("dim_value", DV))]
-    prove(record_proof, "mlstm", "2405.04517", model_of("mlstm", heads), lambda w, tokens: model_loop(
+    prove(record_proof, "mlstm", "2405.04517, 2503.13427", model_of("mlstm", heads), lambda w, tokens: model_loop(
         w, tokens, [[mlstm, swiglu]] * 2, rms_norm(), logits=lambda y: 30 * torch.tanh(y / 30)))
