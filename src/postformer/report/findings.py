@@ -62,23 +62,23 @@ def expectation(
 ) -> str:
     """Whether the separation that a demo declares as expected showed.
 
-    expected: {"holds": names, "falls": names, "at": difficulty}: the first should reach 0.99 there (or the best
-    accuracy of the test, where none does), the others stay at least 0.05 below them.
+    expected: {"holds": names, "falls": names, "at": difficulty, "level": accuracy, 0.99 if not given}: there the first
+    should reach the level, and the others stay at least 0.05 below the worst of them.
     """
     if not expected:
         return ""
-    at = expected["at"]
+    at, level = expected["at"], expected.get("level", SOLVED)
     found = {name: dict(p)[at] for name, p in points.items() if at in dict(p)}
     holds, falls = list(expected.get("holds", [])), list(expected.get("falls", []))
     missing = [n for n in holds + falls if n not in found]
     if missing:
         return f"The expected separation cannot be checked: {numbers.listing(missing)} gave no number at {at:g} {unit}."
-    low = [f"{n} reaches only {numbers.accuracy(found[n])}" for n in holds if found[n] < SOLVED]
+    low = [f"{n} reaches only {numbers.accuracy(found[n])}" for n in holds if found[n] < level]
     high = [
         f"{n} reaches {numbers.accuracy(found[n])}" for n in falls if found[n] > min(found[h] for h in holds) - APART
     ]
     claim = (
-        f"at {at:g} {unit}, {numbers.listing(holds)} at {SOLVED:g} or above and {numbers.listing(falls)} clearly below"
+        f"at {at:g} {unit}, {numbers.listing(holds)} at {level:g} or above and {numbers.listing(falls)} clearly below"
     )
     if not low and not high:
         return f"This is what the paper leads one to expect: {claim}."

@@ -51,6 +51,7 @@ def accuracy_section(task: dict[str, Any], looks: dict[str, Look], swatches: dic
         "paper": task.get("paper"),
         "setup": _setup(task.get("setup", {})),
         "left_out": task.get("left_out", {}),
+        "notes": [f"{r['architecture']} {r['note']}" for r in done if r.get("note")],
         "figures": figures,
         "tables": [table] if table else [],
         "empty": "" if done else seen,
@@ -132,6 +133,7 @@ def text_section(task: dict[str, Any], looks: dict[str, Look], swatches: dict[st
         "paper": task.get("paper"),
         "setup": _setup(task.get("setup", {})),
         "left_out": task.get("left_out", {}),
+        "notes": [f"{r['architecture']} {r['note']}" for r in done if r.get("note")],
         "figures": figures,
         "tables": [table] if table else [],
         "empty": "" if done else seen,
@@ -207,6 +209,7 @@ def decode_section(decode: dict[str, Any], looks: dict[str, Look], swatches: dic
         ),
         "setup": _setup(decode.get("setup", {})),
         "left_out": decode.get("left_out", {}),
+        "notes": [],
         "figures": figures,
         "tables": [Table("Bytes of state and time per token by tokens of context", columns, rows, swatches)]
         if rows
