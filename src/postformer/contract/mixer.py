@@ -45,6 +45,8 @@ class Traits:
     native_reset: bool = True
     native_emit: bool = True
     stateful: bool = True
+    exact_gradients: bool = True
+    """False: gradients that are meant to differ from the derivative (straight-through estimators, truncation)."""
     publishes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     """Names of publications it needs in ctx.shared."""

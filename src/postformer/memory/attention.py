@@ -3,7 +3,8 @@
     o_t = sum_i softmax_i(q_t . k_i / sqrt(d)) v_i      over i <= t of the same document, or the last `window` tokens
 
 The state is the key-value list (grows with the context), or with a window a ring of the last `window` entries.
-Limits: a write gate is a factor exp(log write) on a key's weight; tick has no effect (nothing decays).
+Limits: a list holds a token or it does not, so a token is kept whole where its write gate is above zero; tick has no
+effect (nothing decays).
 """
 
 from __future__ import annotations
@@ -136,9 +137,9 @@ class Attention(Mixer):
         new = torch.stack([k.transpose(1, 2), v], 2)
         o = self._read(q, new, memory, position, segments, ctx)
         if isinstance(memory, Growing):
-            memory = append(memory, new, segments, written(ctx, batch, length), ctx.consume)
+            memory = append(memory, new, segments, written(ctx), ctx.consume)
         else:
-            memory = rotate(memory, new, position, segments, written(ctx, batch, length), ctx.consume)
+            memory = rotate(memory, new, position, segments, written(ctx), ctx.consume)
         o = o.transpose(1, 2).reshape(batch, length, -1)
         if self.gate is not None:
             o = o * torch.sigmoid(self.gate(x))
@@ -170,9 +171,9 @@ class Attention(Mixer):
             old = (torch.arange(used, device=q.device) < memory.length[:, None] if isinstance(memory, Growing)
                    else memory.position >= 0)
             exists = torch.cat([old, position.new_ones(batch, length, dtype=torch.bool)], 1)
-        if ctx.valid is not None:
+        if (kept := written(ctx)) is not None:
             every = position.new_ones(batch, used, dtype=torch.bool)
-            mask = torch.cat([every, ctx.valid], 1)
+            mask = torch.cat([every, kept], 1)
             exists = mask if exists is None else exists & mask
         if segments is not None:
             masks["query_segment"] = segments
@@ -183,10 +184,6 @@ class Attention(Mixer):
                 masks["key_position"] = torch.cat([memory.position[:, :used], position], 1)
             if not used and segments is None and bool((position[:, -1] - position[:, 0] == length - 1).all()):
                 masks = {}  # positions count by one: the window may be taken by index, which is faster
-        if ctx.write is not None:
-            bias = ctx.write.to(torch.float32 if q.dtype != torch.float64 else q.dtype)
-            bias = bias.masked_fill(bias == 0, 1).log().masked_fill(bias == 0, float("-inf"))
-            masks["key_bias"] = torch.cat([bias.new_zeros(batch, used), bias], 1)
         keys, values = data[:, :, 0].transpose(1, 2).to(q.dtype), data[:, :, 1].transpose(1, 2).to(q.dtype)
         return attention(q, keys, values, causal=ctx.causal, window=window, key_valid=exists, **masks)
 
@@ -217,7 +214,7 @@ class Attention(Mixer):
         )
 
 
-def written(ctx: Context, batch: int, length: int) -> Tensor | None:
+def written(ctx: Context) -> Tensor | None:
     """[B, T] bool: which tokens enter the list; None: all."""
     write = None if ctx.write is None else ctx.write > 0
     if ctx.valid is None:

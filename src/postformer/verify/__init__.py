@@ -43,7 +43,10 @@ class Verification:
 
 
 def verify(recipe: str | dict | Recipe, only: Iterable[str] = (), full: bool = False) -> Verification:
-    """Run every check on a design at verification size (or, with full, at its own). A check that raises has failed."""
+    """Run every check on a design at verification size (or, with full, at its own). A check that raises has failed.
+
+    only: run just the checks whose names hold one of these texts; ValueError if there is none.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the models are tiny: a second thread only waits
     try:
@@ -56,6 +59,8 @@ def _verify(whole: Recipe, only: Iterable[str], full: bool) -> Verification:
     small = whole if full else reduced(whole)
     size = f"width {small.model.width}, {len(small.model.stack)} layers"
     results = []
+    if only and not any(word in item.name for item in CHECKS for word in only):
+        raise ValueError(f"no check's name has any of {sorted(only)}; they are: {'; '.join(c.name for c in CHECKS)}")
     for item in CHECKS:
         if only and not any(word in item.name for word in only):
             continue

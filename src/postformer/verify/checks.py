@@ -7,16 +7,19 @@ for any company in the batch, for any padding, packing or age of rows, and pure.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from postformer.block.sublayer import Sublayer
 from postformer.contract import state as states
-from postformer.contract.context import DOCUMENT, Context
-from postformer.contract.mixer import Traits
+from postformer.contract.context import LEVELS, Context
+from postformer.contract.mixer import Mixer, Traits
 from postformer.kernels import use
+from postformer.model.language import LMState
 from postformer.verify.compare import emitted_at, error, finite, gradient_error, state_error
 from postformer.verify.subject import Subject
 
@@ -123,10 +126,10 @@ def causal_gradient(s: Subject) -> Found:
     return worst, EXACT, ""
 
 
-def _pieces(s: Subject, x: Tensor, sizes: list[int]) -> tuple[Tensor, Any]:
+def _pieces(s: Subject, x: Tensor, sizes: list[int], ctx: Context | None = None) -> tuple[Tensor, Any]:
     ys, at, state = [], 0, None
     for size in sizes:
-        out, state = s(x[:, at : at + size], state)
+        out, state = s(x[:, at : at + size], state, None if ctx is None else ctx.narrow(at, at + size))
         ys.append(out.y)
         at += size
     return torch.cat(ys, 1), state
@@ -141,7 +144,23 @@ def pieces(s: Subject) -> Found:
         for sizes in ([1, 69], [33, 37], [17, 1, 1, 31, 20]):
             y, state = _pieces(s, x, sizes)
             worst = max(worst, error(y, out.y), state_error(state, after))
+        with driven(s, 30.0):
+            out, after = s(x)
+            y, state = _pieces(s, x, [33, 37])
+        worst = max(worst, error(y, out.y), state_error(state, after))
     return worst, FP64, ""
+
+
+@contextmanager
+def driven(s: Subject, gain: float) -> Iterator[None]:
+    """What every mixer reads, times gain: norms before the mixers hide the size of the model's own input."""
+    hooks = [m.norm.register_forward_hook(lambda module, args, y: y * gain)
+             for m in s.model.modules() if isinstance(m, Sublayer)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @check("prefill + single steps = whole; a state given away gives the same", _no_streaming)
@@ -152,9 +171,12 @@ def steps(s: Subject) -> Found:
         y, state = _pieces(s, x, [21] + [1] * 16)
         worst = max(error(y, out.y), state_error(state, after))
         _, given = s(x[:, :21])
-        kept = [leaf.clone() for leaf in states.leaves(given)]
-        s(x[:, 21:22], given)
-        touched = any(not torch.equal(a, b) for a, b in zip(kept, states.leaves(given)))
+        touched = False
+        for held in (given, s(x[:, 21:22], given)[1]):  # the second has room to spare in its lists
+            kept = [leaf.clone() for leaf in states.leaves(held)]
+            s(x[:, 22:23], held)
+            s(x[:, 22:28], held)
+            touched |= any(not torch.equal(a, b) for a, b in zip(kept, states.leaves(held)))
         ys = []
         for t in range(21, 37):
             step, given = s(x[:, t : t + 1], given, Context(consume=True))
@@ -163,17 +185,22 @@ def steps(s: Subject) -> Found:
     return math.inf if touched else worst, FP64, "a state that was not given away changed" if touched else ""
 
 
-@check("emitted states = states of the prefixes", _no_streaming)
+@check("emitted states = states of the prefixes, and blocks folded into the batch go on from them", _no_streaming)
 def emitted(s: Subject) -> Found:
-    x = s.input(2, 37, 8)
+    x, block = s.input(2, 37, 8), 9
     with torch.no_grad():
-        out, _ = s(x, None, Context(emit=9))
+        _, start = s(s.input(2, 4, 24))
+        out, _ = s(x, start, Context(emit=block))
         if out.emitted is None:
             return math.inf, FP64, "nothing was emitted"
-        worst = error(out.y, s(x)[0].y)
-        for i in range(1, 5):
-            _, state = s(x[:, : 9 * i])
+        worst = error(out.y, s(x, start)[0].y)
+        for i in range(5):
+            state = s(x[:, : block * i], start)[1] if i else start
             worst = max(worst, state_error(emitted_at(out.emitted, i), state.stack))
+        folded = states.map_state(lambda leaf: leaf[:, :4].flatten(0, 1), out.emitted)
+        following = (start.next[:, None] + torch.arange(4) * block).flatten()
+        y = s(x[:, :36].unflatten(1, (4, block)).flatten(0, 1), LMState(folded, following))[0].y
+        worst = max(worst, error(y.unflatten(0, (2, 4)).flatten(1, 2), out.y[:, :36]))
     return worst, FP64, ""
 
 
@@ -189,19 +216,26 @@ def batch(s: Subject) -> Found:
     return max(error(alone, y[1:2]), error(changed[1:], y[1:])), FP64, ""
 
 
-def _packed(lengths: list[int], batch: int) -> Tensor:
+def _ends(s: Subject) -> tuple[int, int]:
+    """(boundary level that ends the longest memory of the design, highest level that ends none of them)."""
+    levels = [LEVELS[m.forget_at] for m in s.model.modules() if isinstance(getattr(m, "forget_at", None), str)]
+    levels.append(LEVELS["document"])  # positions
+    return max(levels), min(levels) - 1
+
+
+def _packed(s: Subject, lengths: list[int], batch: int) -> Tensor:
     boundary = torch.zeros(batch, sum(lengths), dtype=torch.int8)
     at = 0
     for n in lengths[:-1]:
         at += n
-        boundary[:, at] = DOCUMENT
+        boundary[:, at] = _ends(s)[0]
     return boundary
 
 
 @check("packed documents = separate documents", _not_causal)
 def packed(s: Subject) -> Found:
     lengths = [7, 30, 1, 19]
-    x, boundary = s.input(2, sum(lengths), 10), _packed(lengths, 2)
+    x, boundary = s.input(2, sum(lengths), 10), _packed(s, lengths, 2)
     with torch.no_grad():
         out, after = s(x, None, Context(boundary=boundary))
         worst, at = 0.0, 0
@@ -213,16 +247,28 @@ def packed(s: Subject) -> Found:
             at += n
         # a boundary at the first token of a call ends what the state holds; rows may differ
         boundary = torch.zeros(2, 11, dtype=torch.int8)
-        boundary[0, 0] = DOCUMENT
+        boundary[0, 0] = _ends(s)[0]
         y = s(x[:, 20:31], s(x[:, :20])[1], Context(boundary=boundary))[0].y
         worst = max(worst, error(y[:1], s(x[:1, 20:31])[0].y), error(y[1:], s(x[1:, :31])[0].y[:, 20:]))
     return worst, FP64, ""
 
 
+@check("a boundary below the level at which a memory forgets changes nothing", _not_causal)
+def levels(s: Subject) -> Found:
+    x, below = s.input(2, 37, 10), _ends(s)[1]
+    boundary = torch.zeros(2, 37, dtype=torch.int8)
+    boundary[0, 11] = boundary[1, 20] = below
+    with torch.no_grad():
+        out, after = s(x)
+        ended, ended_after = s(x, None, Context(boundary=boundary))
+    note = "" if below else "a memory forgets at every boundary"
+    return max(error(ended.y, out.y), state_error(ended_after, after)), FP64, note
+
+
 @check("nothing of a finished document is left: outputs and gradients, decay x 0.1, 60", _not_causal)
 def forgotten(s: Subject) -> Found:
     lengths, worst = [23, 14], 0.0
-    boundary = _packed(lengths, 2)
+    boundary = _packed(s, lengths, 2)
     for scale in (0.1, 60.0):
         x = s.input(2, 37, 11).requires_grad_()
         with use(decay_scale=scale):
@@ -269,7 +315,7 @@ def padding(s: Subject) -> Found:
                         state_error(states.select(after, [i]), state))
         # packing and padding together: a document that starts at a token that does not exist still starts
         boundary = torch.zeros(2, 37, dtype=torch.int8)
-        boundary[0, 3] = boundary[1, 20] = DOCUMENT
+        boundary[0, 3] = boundary[1, 20] = _ends(s)[0]
         y = s(x, start, Context(valid=valid, boundary=boundary))[0].y
         for i, cut in enumerate((3, 20)):
             keep = valid[i].clone()
@@ -278,7 +324,7 @@ def padding(s: Subject) -> Found:
     return worst, FP64, ""
 
 
-@check("read-only tokens leave the state; full gates change nothing", _no_gates)
+@check("read-only tokens leave the state; full gates change nothing; soft gates: pieces = whole", _no_gates)
 def gated(s: Subject) -> Found:
     x = s.input(2, 37, 19)
     gate = (torch.rand(2, 37, generator=torch.Generator().manual_seed(20)) > 0.3).double()
@@ -293,6 +339,11 @@ def gated(s: Subject) -> Found:
             keep = gate[i] > 0
             _, state = s(x[i : i + 1, keep], None, Context(position=position[i : i + 1, keep]))
             worst = max(worst, _memory_error(states.select(after.stack, [i]), state.stack))
+        soft = torch.rand(2, 2, 37, generator=torch.Generator().manual_seed(25), dtype=torch.float64)
+        ctx = Context(tick=soft[0], write=soft[1], position=position)
+        whole, after = s(x, None, ctx)
+        y, state = _pieces(s, x, [17, 1, 19], ctx)
+        worst = max(worst, error(y, whole.y), state_error(state, after))
     return worst, FP64, ""
 
 
@@ -306,11 +357,56 @@ def _memory_error(a: Any, b: Any) -> float:
 @check("finite outputs and gradients: extreme gates, zero input, huge input")
 def extreme(s: Subject) -> Found:
     bad = []
-    for name, factor, scale in (("zero input", 0.0, 1.0), ("huge input", 1e4, 1.0), ("decay x 2000", 1.0, 2000.0)):
-        y, after, grads = gradients(s, s.input(2, 37, 21) * factor, s(s.input(2, 3, 22))[1], scale, "auto")
+    for name, factor, gain, scale in (("zero input", 0.0, 1.0, 1.0), ("huge input", 1e4, 1.0, 1.0),
+                                      ("huge input of every mixer", 1.0, 300.0, 1.0),
+                                      ("decay x 2000", 1.0, 1.0, 2000.0)):
+        with driven(s, gain):
+            y, after, grads = gradients(s, s.input(2, 37, 21) * factor, s(s.input(2, 3, 22))[1], scale, "auto")
         if not finite([y, *states.leaves(after), *grads.values()]):
             bad.append(name)
     return float(len(bad)), EXACT, ", ".join(bad)
+
+
+@check("gradients = finite differences of the outputs", lambda traits: None if traits.exact_gradients else
+       "the design declares gradients that are no derivatives")
+def differences(s: Subject) -> Found:
+    x, start = s.input(2, 19, 26), states.detach(s(s.input(2, 5, 1))[1])
+    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+    def total() -> Tensor:
+        return (s(x, start)[0].y * weight).sum()
+
+    named = dict(s.model.stack.named_parameters())
+    grads = dict(zip(named, torch.autograd.grad(total(), list(named.values()), allow_unused=True)))
+    groups: dict[str, list[str]] = {}
+    for name in named:
+        groups.setdefault(".".join(name.split(".")[:4]), []).append(name)  # one sublayer
+    worst, where, step = 0.0, "", 1e-6
+    generator = torch.Generator().manual_seed(27)
+    with torch.no_grad():
+        for group, members in groups.items():
+            # One direction of all its parameters, each weighted to matter as much as the others.
+            along, told = {}, []
+            for name in members:
+                way = torch.randn(named[name].shape, generator=generator, dtype=torch.float64)
+                g = grads[name]
+                share = torch.zeros_like(way) if g is None else g * way
+                weight_of = 1 / max(share.norm().item(), 1e-2)
+                along[name] = way * weight_of
+                told.append(share.sum() * weight_of)
+            kept = {name: named[name].clone() for name in members}
+
+            def moved(by: float, along=along, kept=kept) -> float:
+                for name, way in along.items():
+                    named[name].copy_(kept[name] + by * way)
+                return total().item()
+
+            slope = (moved(step) - moved(-step)) / (2 * step)
+            moved(0.0)
+            gap = abs(slope - sum(told).item()) / max(abs(slope), len(members) ** 0.5)
+            if gap > worst or not where:
+                worst, where = gap, group
+    return worst, 1e-5, where
 
 
 @check("the same with and without gradients, in training and in evaluation")
@@ -325,4 +421,30 @@ def pure(s: Subject) -> Found:
     s.model.eval()
     worst = max(worst, error(s(x)[0].y.detach(), y))
     s.model.train()
+    if changed := _overwritten(s, x):
+        return math.inf, 1e-12, f"{changed} overwrites its input"
     return worst, 1e-12, ""
+
+
+def _overwritten(s: Subject, x: Tensor) -> str:
+    """The first mixer that changes its x in place (two readers of one tensor would then see different things)."""
+    before: dict[str, int] = {}
+    found: list[str] = []
+
+    def enter(name: str, x: Tensor) -> None:
+        before[name] = x._version
+
+    def leave(name: str, x: Tensor) -> None:
+        if x._version != before[name]:
+            found.append(name)
+
+    hooks: list[Any] = []
+    for name, m in s.model.named_modules():
+        if isinstance(m, Mixer):
+            hooks.append(m.register_forward_pre_hook(lambda _, args, n=name: enter(n, args[0])))
+            hooks.append(m.register_forward_hook(lambda _, args, out, n=name: leave(n, args[0])))
+    with torch.no_grad():
+        s(x)
+    for hook in hooks:
+        hook.remove()
+    return found[0] if found else ""

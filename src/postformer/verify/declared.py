@@ -8,11 +8,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from postformer.block.sublayer import Sublayer
 from postformer.contract import state as states
 from postformer.design.base import DesignError
+from postformer.design.cost import linear
 from postformer.kernels import use
+from postformer.layers.local import ShortConvolution
+from postformer.layers.norm import HeadNorm, RMSNorm
 from postformer.model import build
 from postformer.verify.checks import EXACT, Found, check
 from postformer.verify.subject import Subject
@@ -41,14 +46,29 @@ def sizes(s: Subject) -> Found:
 @check("declared FLOPs = PyTorch's count on the reference path, within 5 %")
 def flops(s: Subject) -> Found:
     try:
-        declared = s.recipe.cost().flops(37)
+        cost = s.recipe.cost()
     except DesignError as e:
         return math.inf, 0.05, e.message
+    # The head is the same for every design and would hide a mistake in a small one.
+    declared = cost.flops(37) - linear(s.width, s.recipe.model.vocab).flops(37)
     model, tokens = build(s.recipe.model), torch.zeros(1, 37, dtype=torch.long)
     with torch.no_grad(), use(backend="reference"), FlopCounterMode(display=False) as counter:
-        model(tokens)
+        model.run(model.embed(tokens))
     counted = counter.get_total_flops()
-    return abs(declared / counted - 1), 0.05, f"declared {declared:.0f}, counted {counted}"
+    gap = abs(declared / counted - 1) if counted else abs(declared)
+    return gap, 0.05, f"declared {declared:.0f}, counted {counted}, without the head"
+
+
+@check("declared traits: a constant state is one, a stateless design has none")
+def declared_traits(s: Subject) -> Found:
+    model = build(s.recipe.model)
+    with torch.no_grad():
+        sizes = [states.size(model(torch.zeros(1, n, dtype=torch.long)).state.stack) for n in (5, 37)]
+    if s.traits.streaming == "constant" and sizes[0] != sizes[1]:
+        return math.inf, EXACT, f"streaming is constant, but the state grows from {sizes[0]} to {sizes[1]} B"
+    if not s.traits.stateful and sizes[1]:
+        return math.inf, EXACT, f"declared without state, but carries {sizes[1]} B"
+    return 0.0, EXACT, ""
 
 
 @check("weights and state, saved and loaded: bit-equal outputs")
@@ -77,14 +97,21 @@ def low_precision(s: Subject) -> Found:
     out.logits.float().square().mean().backward()
     if not torch.isfinite(out.logits).all():
         return math.inf, EXACT, "logits are not finite"
+    low = [str(a.dtype) for a in fresh if a.dtype.is_floating_point and a.dtype.itemsize < 4]
+    if low:
+        return float(len(low)), EXACT, f"the initial state holds {low[0]}; a state is at least fp32"
     coarse = [i for i, (a, b) in enumerate(zip(fresh, states.leaves(out.state)))
               if b.dtype != a.dtype and a.dtype != torch.long and a.numel()]
     return float(len(coarse)), EXACT, f"state leaves that changed dtype: {coarse}" if coarse else ""
 
 
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, RMSNorm, HeadNorm, ShortConvolution, Sublayer)
+
+
 @check("every parameter is made through the site or a norm")
 def owned(s: Subject) -> Found:
+    known = {f"{name}.{key}" for name, module in s.model.named_modules() if isinstance(module, NORMS)
+             for key, _ in module.named_parameters(recurse=False)}
     stray = [name for name, role in s.model._roles.items()
-             if role is None and s.model.get_parameter(name).ndim >= 2
-             and not name.startswith(("embedding.", "head.")) and not name.endswith("conv.weight")]
+             if role is None and name not in known and not name.startswith(("embedding.", "head."))]
     return float(len(stray)), EXACT, ", ".join(stray)

@@ -89,4 +89,5 @@ def stack_traits(recipe: Recipe) -> Traits:
         native_reset=all(t.native_reset for t in each),
         native_emit=all(t.native_emit for t in each),
         stateful=any(t.stateful for t in each),
+        exact_gradients=all(t.exact_gradients for t in each),
     )

@@ -31,6 +31,7 @@ def joined_traits(children: tuple[Any, ...]) -> Traits:
         "growing" if any(t.streaming == "growing" for t in each) else "constant",
         soft_gates=all(t.soft_gates for t in each),
         stateful=any(t.stateful for t in each),
+        exact_gradients=all(t.exact_gradients for t in each),
         reads=tuple(name for t in each for name in t.reads),
     )
 
