@@ -105,7 +105,7 @@ def fabricate_demo(directory: Path) -> Path:
             "inner_loss": "squared error of v against S k",
             "retention": "one gate per head, from the input",
             "update": update,
-            "equation": "S_t = α_t S_{t-1} (I − β_t k_t k_t^⊤) + β_t v_t k_t^⊤",
+            "equation": ["S_t = α_t S_{t-1} (I − β_t k_t k_t^⊤) + β_t v_t k_t^⊤", "o_t = S_t q_t"][: 1 + len(name) % 2],
         }
         for name, paper, update in ARCHITECTURES
     ]

@@ -50,8 +50,7 @@ def demo_page(directory: Path) -> dict[str, Any]:
         "failed": failed,
         "attempted": len(runs) + len(decode.get("runs", [])),
         "architectures": [
-            a | {"swatch": swatches[a["name"]], "mathml": mathml(a["equation"]) if a.get("equation") else ""}
-            for a in demo["architectures"]
+            a | {"swatch": swatches[a["name"]], "mathml": _equations(a.get("equation"))} for a in demo["architectures"]
         ],
         "glance": _glance(demo, tasks, decode, swatches),
         "sections": sections,
@@ -174,10 +173,14 @@ def _facts(demo: dict[str, Any]) -> list[tuple[str, str]]:
     if environment.get("torch"):
         facts.append(("PyTorch", str(environment["torch"])))
     if environment.get("processes"):
-        facts.append(
-            ("Processes", f"{environment['processes']} of {numbers.plural(environment.get('threads', 1), 'thread')}")
-        )
+        threads = numbers.plural(environment.get("threads", 1), "thread")
+        facts.append(("Processes", f"{environment['processes']}, with {threads} each"))
     return facts
+
+
+def _equations(value: str | Sequence[str] | None) -> str:
+    lines = [value] if isinstance(value, str) else value or []
+    return "".join(mathml(line) for line in lines)
 
 
 def _words(number: int) -> str:

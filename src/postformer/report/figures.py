@@ -59,12 +59,12 @@ def accuracy_curve(
         axes.axhline(floor, color=MUTED, linewidth=0.9, dashes=(2, 2), zorder=1)
         axes.text(
             high / 1.02,
-            floor + 0.02 * (1 if near_zero else -1),
-            f"{floor_name} {floor:.2f}",
+            floor - 0.02,
+            "" if near_zero else floor_name,
             color=MUTED,
             fontsize=TEXT,
             ha="right",
-            va="bottom" if near_zero else "top",
+            va="top",
         )
     _ticks(axes.xaxis, ticks, [f"{t:g}" for t in ticks])
     _ticks(axes.yaxis, [0, 0.25, 0.5, 0.75, 1], ["0", ".25", ".50", ".75", "1"])
@@ -351,7 +351,7 @@ def _round_steps(low: float, high: float, most: int) -> list[float]:
     return [low, high]
 
 
-def _binned(x: Sequence[float], y: Sequence[float], most: int = 80) -> tuple[list[float], list[float]]:
+def _binned(x: Sequence[float], y: Sequence[float], most: int = 36) -> tuple[list[float], list[float]]:
     """Means over at most `most` equal stretches of the curve: training loss is noise on top of a trend."""
     size = max(1, math.ceil(len(x) / most))
     out_x, out_y = [], []

@@ -77,9 +77,7 @@ def expectation(
     high = [
         f"{n} reaches {numbers.accuracy(found[n])}" for n in falls if found[n] > min(found[h] for h in holds) - APART
     ]
-    claim = (
-        f"at {at:g} {unit}, {numbers.listing(holds)} at {level:g} or above and {numbers.listing(falls)} clearly below"
-    )
+    claim = f"at {at:g} {unit}, {numbers.listing(holds)} at {level:g} or above, {numbers.listing(falls)} clearly below"
     if not low and not high:
         return f"This is what the paper leads one to expect: {claim}."
     return f"Expected from the paper: {claim}. This run does not show that: {'; '.join(low + high)}."

@@ -30,7 +30,8 @@ def accuracy_section(task: dict[str, Any], looks: dict[str, Look], swatches: dic
                     seen,
                 ),
                 "caption": f"Accuracy against {task['difficulty']}. Shaded: what training covered, up to "
-                f"{task['trained']:g} {unit}. Dotted: guessing.",
+                f"{task['trained']:g} {unit}."
+                + (f" Dotted: guessing, {numbers.accuracy(task['chance'])}." if task.get("chance") else ""),
                 "seen": seen,
                 "expected": expected,
             }

@@ -30,6 +30,7 @@ CONTEXTS = (128, 512, 2048, 8192, 16384)
 CORPUS = "stdlib"
 SCHEMA = 1
 _DECODE_SHARE = 0.06
+"""Longest part of the time that one architecture's decoding may take; only a growing list comes near it."""
 _BESIDES = {"s3": 1.2, "mqar": 1.6, "text": 3.0}
 """Seconds of a run that are not steps: building, evaluating, saving."""
 
@@ -99,7 +100,7 @@ class _Demo:
             )
         self.before = self.plan["elapsed_s"]
         self.slowness: list[float] = []
-        self.decode_limit = max(1.5, minutes * 60 * _DECODE_SHARE * workers / len(CONTENDERS))
+        self.decode_limit = max(2.0, minutes * 60 * _DECODE_SHARE)
 
     # -- the session -------------------------------------------------------------------------------------------------
 
@@ -107,7 +108,7 @@ class _Demo:
         with Pool(self.workers, self.directory / "logs") as self.pool:
             try:
                 self._queue(self._probes())
-                self._queue(self._trials())
+                self._queue(self._jobs())
             finally:
                 self._write()
         return self._write()
@@ -131,8 +132,18 @@ class _Demo:
         for job in jobs:
             yield job | {"seed": self.seed, "limit": max(60.0, self.minutes * 15)}
 
-    def _trials(self) -> Any:
-        """Jobs in order; the steps of a trial are fixed when its first job is taken, with what is known by then."""
+    def _jobs(self) -> Any:
+        """Decoding first, whose time is known, so that it is never what is cut short; then the trials in order.
+
+        The steps of a trial are fixed when its first job is taken, with what is known by then.
+        """
+        for contender in CONTENDERS:
+            if not (self.plan["decode"].get(contender.name) or {}).get("points"):
+                yield {
+                    "kind": "decode", "trial": "text", "contender": contender.name, "contexts": list(self.contexts),
+                    "seed": self.seed, "time_limit": self.decode_limit, "expected": self.decode_limit / 4,
+                    "limit": self.decode_limit + 30.0,
+                }  # fmt: skip
         for index, test in enumerate(TRIALS):
             if test.key not in self.plan["steps"]:
                 self.plan["steps"][test.key] = self._allot(index)
@@ -152,13 +163,6 @@ class _Demo:
                     "evaluate": min(1.0, self.minutes / 2),
                     "limit": time_limit + 30.0,
                 }  # fmt: skip
-        for contender in CONTENDERS:
-            if not (self.plan["decode"].get(contender.name) or {}).get("points"):
-                limit = max(1.0, min(self.decode_limit, self.left()))
-                yield {
-                    "kind": "decode", "trial": "text", "contender": contender.name, "contexts": list(self.contexts),
-                    "seed": self.seed, "time_limit": limit, "expected": limit / 2, "limit": limit + 30.0,
-                }  # fmt: skip
 
     def _allot(self, index: int) -> int:
         rest = TRIALS[index:]
@@ -169,8 +173,8 @@ class _Demo:
         }  # fmt: skip
         if TRIALS[index].key not in needs:
             return 1  # No architecture could be built; each of its runs will say why.
-        decoding = [self.decode_limit * 0.4] * len(CONTENDERS)
-        return allot(self.left(), self.workers, needs, decoding, self.pool.remaining())[TRIALS[index].key]
+        # A tenth is kept back: a machine that gets busier while a trial runs cannot be asked to hurry.
+        return allot(0.9 * self.left(), self.workers, needs, busy=self.pool.remaining())[TRIALS[index].key]
 
     def _per_step(self, test: Trial) -> dict[str, float]:
         """Measured seconds per step, corrected by how much slower real runs were than their estimate."""
