@@ -72,7 +72,7 @@ class Context:
         return None if reset is None else reset.long().cumsum(1)
 
     def narrow(self, start: int, stop: int) -> Context:
-        """The same context for tokens start..stop-1 of the call. Publications and emit are left out."""
+        """The same context for tokens start..stop-1 of the call, publications cut to them; without emit."""
         cut = {
             name: None if (value := getattr(self, name)) is None else value[:, start:stop]
             for name in ("position", "valid", "boundary", "tick", "write")

@@ -24,6 +24,11 @@ class Design(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
+    def model_post_init(self, context: Any) -> None:
+        # What is said and what is left to defaults are told apart when scaling; a kind is always said.
+        if "kind" in type(self).model_fields:
+            self.__pydantic_fields_set__.add("kind")
+
     def scaled(self, ratio: float) -> Self:
         """The same design for a model `ratio` times as wide."""
         changes: dict[str, Any] = {}
@@ -35,6 +40,10 @@ class Design(BaseModel):
             elif (new := _scaled(value, ratio)) is not value:
                 changes[name] = new
         return self.model_copy(update=changes) if changes else self
+
+    def said(self) -> dict[str, Any]:
+        """Only what was given, as plain JSON-able data: what a default scales with stays a default."""
+        return self.model_dump(mode="json", exclude_unset=True, serialize_as_any=True)
 
     def dump(self) -> dict[str, Any]:
         """Everything, defaults filled in, as plain JSON-able data."""

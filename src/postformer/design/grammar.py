@@ -128,16 +128,18 @@ class Model(Design):
 
     def canonical(self) -> dict[str, Any]:
         """The design with everything inlined and filled in: equal for two spellings of one architecture."""
+        called = [s.use for name in self.stack for s in self.layers[name] if isinstance(s.use, str)]
+        shared = {name: str(i) for i, name in enumerate(n for n in dict.fromkeys(called) if n in self.shared)}
+
         def sub(s: Sublayer) -> dict[str, Any]:
             d = s.dump()
             d["norm"] = d["norm"] or self.norm.dump()
             if isinstance(s.use, str):
-                d["use"] = {"shared": s.use} if s.use in self.shared else self.mixers[s.use].dump()
+                d["use"] = {"shared": shared[s.use]} if s.use in self.shared else self.mixers[s.use].dump()
             return d
         d = self.dump()
-        used = {s.use for name in self.stack for s in self.layers[name] if isinstance(s.use, str)} & set(self.shared)
-        d["shared"] = {n: {"layer": [sub(s) for s in b.layer], "copies": b.copies}
-                       for n, b in self.shared.items() if n in used}
+        d["shared"] = {i: {"layer": [sub(s) for s in self.shared[n].layer], "copies": self.shared[n].copies}
+                       for n, i in shared.items()}
         d["stack"] = [[sub(s) for s in self.layers[name]] for name in self.stack]
         d["stack_norm"] = d["stack_norm"] or d["norm"]
         del d["mixers"], d["layers"], d["norm"]

@@ -37,7 +37,7 @@ def load(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
     """
     file, text = "", ""
     if isinstance(recipe, Recipe):
-        raw: Any = recipe.dump()
+        raw: Any = recipe.said()
     elif isinstance(recipe, dict):
         raw = copy.deepcopy(recipe)
     else:
@@ -54,17 +54,20 @@ def load(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
         result = _validated(raw, layers)
         if width is not None and width != result.model.width:
             result = scale_width(result, width)
-        if overrides:
-            data = result.model_dump(mode="json", exclude_unset=True, serialize_as_any=True)
-            for item in overrides:
-                override(data, item)
-            result = _validated(data, None)
         from postformer.design.plan import check
 
-        check(result)
-        return result
+        if not overrides:
+            check(result)
+            return result
     except DesignError as e:
         raise DesignError(e.message, path=e.path, file=file, line=_line(text, e.path)) from None
+    # From here on a wrong value is the override's, not the file's.
+    data = result.said()
+    for item in overrides:
+        override(data, item)
+    result = _validated(data, None)
+    check(result)
+    return result
 
 
 def _read(recipe: str | Path) -> tuple[str, str]:
@@ -105,11 +108,18 @@ def desugar(model: Any, layers: int | None = None) -> dict[str, Any]:
     if not isinstance(model, dict):
         raise DesignError("'model' is a mapping", path="model")
     model = dict(model)
+    for field in ("mixers", "layers", "shared"):
+        if not isinstance(model.get(field) or {}, dict):
+            raise DesignError(f"'{field}' is a mapping of names (got {model[field]!r})", path=f"model.{field}")
     mixers = dict(model.get("mixers") or {})
     for short in ("memory", "feedforward"):
         if short in model:
             mixers[short] = model.pop(short)
     pattern, count = model.pop("pattern", None), model.pop("num_layers", None)
+    if pattern is not None and (not isinstance(pattern, (list, tuple)) or not pattern
+                                or not all(isinstance(u, str) for u in pattern)):
+        raise DesignError(f"the pattern is a list of layers, e.g. [memory, attention] (got {pattern!r})",
+                          path="model.pattern")
     if "stack" not in model and mixers:
         unit = pattern or ["/".join(n for n in ("memory", "feedforward") if n in mixers)]
         unit = [u if "/" in u or "feedforward" not in mixers or u in (model.get("layers") or {})
@@ -118,19 +128,33 @@ def desugar(model: Any, layers: int | None = None) -> dict[str, Any]:
     defined = {k: _sublayers(v, f"model.layers.{k}") for k, v in (model.get("layers") or {}).items()}
     known = set(mixers) | set(model.get("shared") or {})
     stack: list[str] = []
-    for i, name in enumerate(_expand(model.get("stack", []), "model.stack", layers)):
+    for name in _expand(model.get("stack", []), "model.stack", layers):
         if name not in defined:
             parts = name.split("/")
             for part in parts:
                 if part not in known:
-                    raise DesignError(f"'{name}' is no layer, and '{part}' is no mixer.{nearest(part, known)}",
-                                      path=f"model.stack.{i}")
+                    raise DesignError(f"'{name}' is no layer, and '{part}' is no mixer."
+                                      f"{nearest(part, known | set(defined))}",
+                                      path=_where_named(model.get("stack"), name, "model.stack"))
             defined[name] = [{"use": part} for part in parts]
         stack.append(name)
     shared = {k: {**v, "layer": _sublayers(v.get("layer", []), f"model.shared.{k}.layer")} if isinstance(v, dict) else v
               for k, v in (model.get("shared") or {}).items()}
     return {**model, "mixers": mixers, "layers": {k: v for k, v in defined.items() if k in stack},
             "stack": stack, **({"shared": shared} if shared else {})}
+
+
+def _where_named(stack: Any, name: str, path: str) -> str:
+    """The path of the entry of an unexpanded stack that says this name."""
+    for i, item in enumerate(stack if isinstance(stack, (list, tuple)) else ()):
+        if item == name:
+            return f"{path}.{i}"
+        if isinstance(item, dict):
+            key = "of" if "of" in item else "tile"
+            inner = f"{path}.{i}.{key}"
+            if (found := _where_named(item.get(key), name, inner)) != inner:
+                return found
+    return path
 
 
 def _sublayers(value: Any, path: str) -> list[Any]:
@@ -161,6 +185,8 @@ def _expand(stack: Any, path: str, layers: int | None) -> list[str]:
         else:
             raise DesignError(f"{item!r} is neither a layer's name nor {{repeat: n, of: [...]}} nor "
                               "{tile: [...], layers: n}", path=here)
+        if not units[-1][0]:
+            raise DesignError("there is nothing to repeat; name at least one layer", path=here)
     if layers is not None:
         units = _fit(units, layers, path)
     return [unit[j % len(unit)] for unit, n, _ in units for j in range(n)]
@@ -209,9 +235,8 @@ def scale_width(recipe: Recipe, width: int) -> Recipe:
         raise DesignError(f"width is {width}; it is a multiple of 8", path="model.width")
     model = recipe.model.scaled(width / recipe.model.width)
     data = recipe.model_copy(update={"model": model.model_copy(update={"width": width})})
-    dumped = data.model_dump(mode="json", exclude_unset=True, serialize_as_any=True)
     try:
-        return Recipe.model_validate(dumped)
+        return Recipe.model_validate(data.said())
     except ValidationError as e:
         raise _design_error(e) from None
 
@@ -233,7 +258,10 @@ def override(data: Any, item: str) -> None:
         elif not isinstance(at, dict):
             raise DesignError(f"'{keys[depth - 1]}' has no fields of its own", path=here)
         if depth == len(keys) - 1:
-            at[key] = yaml.safe_load(text)
+            try:
+                at[key] = yaml.safe_load(text)
+            except yaml.YAMLError:
+                raise DesignError(f"{text!r} is not a YAML value", path=here) from None
         elif isinstance(at, dict) and not isinstance(at.get(key), (dict, list)):
             if key in at and not isinstance(at[key], (str, type(None))):
                 raise DesignError(f"'{key}' has no fields of its own", path=here)
@@ -298,6 +326,8 @@ def _line(text: str, path: str) -> int | None:
     for key in path.split("."):
         if isinstance(node, yaml.MappingNode):
             pairs = [(k, v) for k, v in node.value if k.value == key]
+            if not pairs and key == "mixers":
+                continue  # the short form has no such level
             if not pairs:
                 break
             line, node = pairs[0][0].start_mark.line + 1, pairs[0][1]

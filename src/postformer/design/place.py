@@ -26,6 +26,8 @@ class Place:
     causal: bool = True
     publish: frozenset[str] = frozenset()
     linears: Linears = Linears()
+    identity: str = ""
+    """The same for all uses of one mixer, different for different ones"""
 
     def linear_cost(self, d_in: int, d_out: int, *, bias: bool = False, role: str = "projection") -> Cost:
         """Cost of what `site.linear` makes for this role."""
@@ -33,7 +35,8 @@ class Place:
 
     def child(self, name: str, width: int | None = None) -> Place:
         """The place of a child mixer: same layer, x of `width` channels."""
-        return replace(self, path=f"{self.path}.{name}", width=width or self.width, publish=frozenset())
+        return replace(self, path=f"{self.path}.{name}", width=width or self.width, publish=frozenset(),
+                       identity=f"{self.identity}.{name}")
 
     def child_cost(self, design: Design, name: str, width: int | None = None) -> Cost:
         """Cost of a child, through the registry."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,9 +35,11 @@ def norm_params(norm: Norm, width: int) -> int:
     return width * (2 if norm.kind == "layer" and norm.bias else 1)
 
 
-def key_of(use: str | Design) -> str:
-    """What counts as 'the same mixer' when uses are ranked: its name, or for an inline one its content."""
-    return use if isinstance(use, str) else str(sorted(use.dump().items(), key=str))
+def key_of(use: str | Design, model: Model) -> str:
+    """What counts as 'the same mixer' when uses are ranked: its content, whatever it is called, or a shared block."""
+    if isinstance(use, str) and use in model.shared:
+        return f"shared.{use}"
+    return json.dumps(model.mixer_of(use).dump(), sort_keys=True)
 
 
 def input_width(sublayer: Sublayer, model: Model) -> int:
@@ -45,16 +48,17 @@ def input_width(sublayer: Sublayer, model: Model) -> int:
 
 def planned(model: Model) -> Iterator[list[Planned]]:
     """Layer by layer, the sublayers with their places."""
-    counts = Counter(key_of(s.use) for name in model.stack for s in model.layers[name])
+    counts = Counter(key_of(s.use, model) for name in model.stack for s in model.layers[name])
+    order = {key: str(i) for i, key in enumerate(counts)}
     seen: Counter[str] = Counter()
     for i, name in enumerate(model.stack):
         layer = []
         for j, sub in enumerate(model.layers[name]):
-            key = key_of(sub.use)
+            key = key_of(sub.use, model)
             place = Place(
                 path=f"stack.{i}.{j}", layer=i, num_layers=len(model.stack), rank=seen[key], count=counts[key],
                 width=input_width(sub, model), dim_out=model.width, publish=frozenset(sub.publish.values()),
-                linears=model.linear,
+                linears=model.linear, identity=order[key],
             )
             if isinstance(sub.use, str) and sub.use in model.shared:
                 layer.append(Planned(sub, place, None, (sub.use, seen[key] % model.shared[sub.use].copies)))
@@ -69,10 +73,16 @@ def shared_places(model: Model, name: str, copy: int, num_layers: int) -> list[P
     return [
         Planned(sub, Place(path=f"shared.{name}.{copy}.{j}", layer=0, num_layers=num_layers, rank=copy,
                            count=model.shared[name].copies, width=input_width(sub, model), dim_out=model.width,
-                           linears=model.linear),
+                           publish=frozenset(sub.publish.values()), linears=model.linear,
+                           identity=f"shared.{name}.{j}"),
                 model.mixer_of(sub.use))
         for j, sub in enumerate(model.shared[name].layer)
     ]
+
+
+def used_copies(model: Model) -> list[tuple[str, int]]:
+    """(name, copy) of the shared blocks that some site uses; only these are built."""
+    return list(dict.fromkeys(item.shared for layer in planned(model) for item in layer if item.shared))
 
 
 def sublayer_cost(item: Planned, model: Model) -> Cost:
@@ -97,52 +107,86 @@ def cost(model: Model) -> Cost:
     head = linear_cost(model.width, model.vocab)
     total += head.shared() if model.embedding.tie else head
     total += Cost(params=norm_params(model.stack_norm or model.norm, model.width))
-    used: set[tuple[str, int]] = set()
-    for layer in planned(model):
-        for item in layer:
-            total += sublayer_cost(item, model)
-            if item.shared:
-                used.add(item.shared)
-    for name, copy in used:
+    total += sum((sublayer_cost(item, model) for layer in planned(model) for item in layer), Cost())
+    for name, copy in used_copies(model):
         block = shared_places(model, name, copy, len(model.stack))
         total += Cost(params=sum((sublayer_cost(b, model) for b in block), Cost()).params)
     return total
 
 
 def check(recipe: Recipe) -> None:
-    """What no single field can see: names, publications read after they are written, once. Raises DesignError."""
+    """What no single field can see: names, sizes that fit the width, publications read after they are written, once.
+
+    Raises DesignError.
+    """
     model = recipe.model
-    for name, layer in model.layers.items():
+    blocks = {f"model.layers.{name}": layer for name, layer in model.layers.items()}
+    blocks |= {f"model.shared.{name}.layer": block.layer for name, block in model.shared.items()}
+    if both := set(model.mixers) & set(model.shared):
+        raise DesignError(f"'{min(both)}' names a mixer and a shared block; rename one", path=f"model.shared.{min(both)}")
+    for where, layer in blocks.items():
+        known = [*model.mixers, *(model.shared if where.startswith("model.layers.") else ())]
+        if not layer:
+            raise DesignError("a layer without sublayers does nothing; give it at least one, e.g. [{use: memory}]",
+                              path=where)
         for j, sub in enumerate(layer):
-            path = f"model.layers.{name}.{j}"
-            if isinstance(sub.use, str) and sub.use not in model.mixers and sub.use not in model.shared:
-                raise DesignError(f"no mixer '{sub.use}'.{nearest(sub.use, [*model.mixers, *model.shared])}",
-                                  path=f"{path}.use")
+            if isinstance(sub.use, str) and sub.use not in known:
+                raise DesignError(f"no mixer '{sub.use}'.{nearest(sub.use, known)}", path=f"{where}.{j}.use")
             if sub.residual == "next" and j + 1 == len(layer):
-                raise DesignError("residual: next needs a sublayer after it in the same layer", path=path)
-    if unused := set(model.mixers) - {
-        s.use for layer in [*model.layers.values(), *(b.layer for b in model.shared.values())] for s in layer
-        if isinstance(s.use, str)
-    }:
+                raise DesignError("residual: next needs a sublayer after it in the same layer",
+                                  path=f"{where}.{j}.residual")
+    if unused := set(model.mixers) - {s.use for layer in blocks.values() for s in layer if isinstance(s.use, str)}:
         raise DesignError(f"mixer '{min(unused)}' stands in no layer of the stack. Use it in `stack` or remove it"
                           " (scaling to few layers can cut it off: ask for more layers).",
                           path=f"model.mixers.{min(unused)}")
     published: set[str] = {"embedding"}
     for layer in planned(model):
-        for item in layer:
-            if item.design is None:
-                continue
-            traits = registry.resolve(item.design.kind).traits(item.design)
-            where = f"model.layers.{model.stack[item.place.layer]}"
-            for name in traits.reads:
-                if name not in published:
-                    raise DesignError(f"'{name}' is read before any earlier sublayer publishes it."
-                                      f"{nearest(name, published)}", path=where)
-            for name, what in item.sublayer.publish.items():
-                if what not in traits.publishes:
-                    raise DesignError(f"kind '{item.design.kind}' does not publish '{what}'."
-                                      f"{nearest(what, traits.publishes)}", path=f"{where}.publish.{name}")
-                if name in published:
-                    raise DesignError(f"'{name}' is published twice; give each publication its own name",
-                                      path=f"{where}.publish.{name}")
-                published.add(name)
+        for j, item in enumerate(layer):
+            where = f"model.layers.{model.stack[item.place.layer]}.{j}"
+            if item.shared is None:
+                offered = _fits(item, where, published)
+            else:
+                name, copy = item.shared
+                inside = set(published)
+                for k, inner in enumerate(shared_places(model, name, copy, len(model.stack))):
+                    there = f"model.shared.{name}.layer.{k}"
+                    _publish(inner.sublayer, _fits(inner, there, inside), there, inside)
+                offered = tuple(inside - published)
+            _publish(item.sublayer, offered, where, published)
+
+
+def _fits(item: Planned, where: str, published: set[str]) -> tuple[str, ...]:
+    """What the mixer of a sublayer publishes, after checks that it can stand there."""
+    use, kind = item.sublayer.use, registry.resolve(item.design.kind)
+    own = f"model.mixers.{use}" if isinstance(use, str) else f"{where}.use"
+    try:
+        traits = kind.traits(item.design)
+        kind.cost(item.design, item.place)
+    except DesignError as e:
+        # A composite whose child declares no cost can be built all the same.
+        traits = kind.traits(item.design)
+        if "declares no cost" not in e.message:
+            raise DesignError(e.message, path=own) from None
+    except ValueError as e:
+        raise DesignError(str(e), path=own) from None
+    for i, name in enumerate(item.sublayer.input):
+        if name != "x" and name not in published:
+            raise DesignError(f"input '{name}' is read before any earlier sublayer publishes it."
+                              f"{nearest(name, {'x', *published})}", path=f"{where}.input.{i}")
+    for name in traits.reads:
+        if name not in published:
+            raise DesignError(f"'{name}' is read before any earlier sublayer publishes it.{nearest(name, published)}",
+                              path=where)
+    return traits.publishes
+
+
+def _publish(sub: Sublayer, offered: tuple[str, ...], where: str, published: set[str]) -> None:
+    for name, what in sub.publish.items():
+        path = f"{where}.publish.{name}"
+        if what not in offered:
+            rest = nearest(what, offered) if offered else " It publishes nothing."
+            raise DesignError(f"'{what}' is nothing that this sublayer's mixer publishes.{rest}", path=path)
+        if name == "x" or name in published:
+            raise DesignError(f"'{name}' is {'the stream' if name == 'x' else 'published twice'}; "
+                              "give each publication its own name", path=path)
+        published.add(name)

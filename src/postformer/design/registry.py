@@ -20,8 +20,11 @@ T = TypeVar("T", bound=type)
 def register(design: type[Design]) -> Callable[[T], T]:
     """Class decorator: this mixer realises the kinds that `design.kind` names."""
     def add(mixer: T) -> T:
+        named = get_args(design.model_fields["kind"].annotation) if "kind" in design.model_fields else ()
+        if not named:
+            raise TypeError(f'{design.__name__} names no kind; give it a field  kind: Literal["..."] = "..."')
         mixer.Design = design  # type: ignore[attr-defined]
-        for kind in get_args(design.model_fields["kind"].annotation):
+        for kind in named:
             _classes[kind] = mixer
         return mixer
     return add
@@ -34,6 +37,8 @@ def kinds() -> list[str]:
 
 def resolve(kind: str) -> Any:
     """The mixer class of a kind; its `.Design` is the config class. DesignError for an unknown kind."""
+    if not isinstance(kind, str):
+        raise DesignError(f"{kind!r} is no kind.{nearest('', kinds())}", path="kind")
     if kind not in _classes:
         found = [e for e in entry_points(group=GROUP) if e.name == kind]
         if not found:

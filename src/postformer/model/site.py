@@ -41,6 +41,7 @@ class Ledger:
     def __init__(self) -> None:
         self.roles: dict[int, Role] = {}
         self.tied = nn.ParameterDict()
+        self.owners: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class BuildSite(Place):
     def tied(self, name: str, shape: Sequence[int], init: Callable[[Tensor], Any]) -> Callable[[], Tensor]:
         """One parameter for all uses of this mixer, owned by the stack."""
         key = f"{name}-{'x'.join(map(str, shape))}"
+        if self.ledger.owners.setdefault(key, self.identity) != self.identity:
+            key = f"{key}-{self.identity.replace('.', '-')}"
         if key not in self.ledger.tied:
             made = self.parameter(name, shape, init)
             self.ledger.tied[key] = made

@@ -13,7 +13,7 @@ from postformer.contract.context import Context
 from postformer.contract.mixer import Mixer, Out
 from postformer.contract.state import State
 from postformer.design.grammar import Model
-from postformer.design.plan import Planned, planned, shared_places
+from postformer.design.plan import Planned, planned, shared_places, used_copies
 from postformer.layers.norm import make_norm
 from postformer.model.site import BuildSite, Ledger, build_mixer
 
@@ -26,10 +26,9 @@ class Stack(Mixer):
         self.gradient_checkpointing = False
         self.shared = nn.ModuleDict()
         self.tied = ledger.tied
-        for name, block in model.shared.items():
-            for copy in range(block.copies):
-                items = shared_places(model, name, copy, len(model.stack))
-                self.shared[f"{name}-{copy}"] = Layer([self._sublayer(i, model, ledger) for i in items])
+        for name, copy in used_copies(model):
+            items = shared_places(model, name, copy, len(model.stack))
+            self.shared[f"{name}-{copy}"] = Layer([self._sublayer(i, model, ledger) for i in items])
         self.layers = nn.ModuleList(
             Layer([self._sublayer(item, model, ledger) for item in layer]) for layer in planned(model)
         )
