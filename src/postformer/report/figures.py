@@ -128,7 +128,7 @@ def state_scatter(
 def loss_curves(series: Sequence[Series], label: str = "Bits per byte") -> Any:
     """Loss against training tokens; `marks` are validation readings. The first steep fall may leave the top."""
     figure, axes = _canvas([s.name for s in series])
-    smooth = [Series(s.name, s.look, *_binned(s.x, s.y), s.marks) for s in series]
+    smooth = [_smooth(s) for s in series]
     last = max(max(s.x) for s in smooth)
     values = [v for s in smooth for v in s.y] + [m[1] for s in smooth for m in s.marks]
     # Training spends its first tenth falling from the uniform guess; drawn whole, the rest would be one flat band.
@@ -139,7 +139,8 @@ def loss_curves(series: Sequence[Series], label: str = "Bits per byte") -> Any:
     axes.set_ylim(low - 0.06 * span, high + 0.04 * span)
     ticks = _round_steps(0, last, 4)
     _ticks(axes.xaxis, ticks, [numbers.short(t) for t in ticks])
-    grid = _round_steps(*axes.get_ylim(), 5)
+    bottom, top = axes.get_ylim()
+    grid = _round_steps(bottom, top, 5)
     _ticks(axes.yaxis, grid, [f"{t:.3g}" for t in grid])
     _lines(axes, smooth, markers=False, clip=True)
     for s in smooth:
@@ -349,6 +350,11 @@ def _round_steps(low: float, high: float, most: int) -> list[float]:
             if len(places) <= most:
                 return [round(i * step, 10) for i in places]
     return [low, high]
+
+
+def _smooth(series: Series) -> Series:
+    x, y = _binned(series.x, series.y)
+    return Series(series.name, series.look, x, y, series.marks)
 
 
 def _binned(x: Sequence[float], y: Sequence[float], most: int = 36) -> tuple[list[float], list[float]]:

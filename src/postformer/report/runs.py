@@ -168,25 +168,23 @@ def _spelled(value: Any) -> str:
 
 
 def _table(runs: Sequence[RunFiles], swatches: dict[str, str]) -> Table:
-    rows = []
-    for r in runs:
-        cost = r.result.get("cost") if isinstance(r.result.get("cost"), dict) else {}
-        rows.append(
-            {
-                "name": r.name,
-                "params": r.result.get("params", r.run.get("params", cost.get("params"))),
-                "tokens": r.last("tokens"),
-                "steps": r.last("steps") or r.last("step"),
-                "bits": r.last("bits_per_byte"),
-                "validation": r.last("validation_bits_per_byte"),
-                "loss": r.last("loss"),
-                "rate": r.last("tokens_per_s"),
-                "seconds": r.last("elapsed_s"),
-                "seed": r.run.get("seed"),
-                "recipe_id": str(r.run.get("recipe_id") or r.run.get("id") or "")[:12] or None,
-                "outcome": "failed" if r.problem else "done",
-            }
-        )
+    rows = [
+        {
+            "name": r.name,
+            "params": r.result.get("params"),
+            "tokens": r.last("tokens"),
+            "steps": r.last("steps") or r.last("step"),
+            "bits": r.last("bits_per_byte"),
+            "validation": r.last("validation_bits_per_byte"),
+            "loss": r.last("loss"),
+            "rate": r.last("tokens_per_s"),
+            "seconds": r.last("elapsed_s"),
+            "seed": r.run.get("seed"),
+            "recipe_id": str(r.run.get("recipe_id") or r.run.get("id") or "")[:12] or None,
+            "outcome": "failed" if r.problem else "done",
+        }
+        for r in runs
+    ]
     columns = [
         Column("name", "Run", numeric=False),
         Column("params", "Parameters", numbers.count),

@@ -158,7 +158,7 @@ def decode_section(decode: dict[str, Any], looks: dict[str, Look], swatches: dic
     }
     figures = []
     if runs:
-        series = [Series(n, looks[n], *zip(*p), measured[n]) for n, p in memory.items()]
+        series = [Series(n, looks[n], [c for c, _ in p], [b for _, b in p], measured[n]) for n, p in memory.items()]
         figures.append(
             {
                 "svg": svg(

@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,7 @@ def probe(job: dict[str, Any]) -> dict[str, Any]:
         recipe = test.recipe(contender(job["contender"]))
         if test.task is None:
             fixed = Batch.windows(torch.randint(256, (config.batch_size, config.length + 1)))
-
-            def batch_at(step: int, batch: Batch = fixed) -> Batch:
-                return batch
+            batch_at = partial(_same, fixed)
         else:
             batch_at = task_source(test.task, None, config, dict(test.options)).batch_at
         trainer = Trainer(build(recipe.model, seed=job["seed"]), NextToken(), batch_at, config, progress="quiet")
@@ -62,6 +61,10 @@ def probe(job: dict[str, Any]) -> dict[str, Any]:
             steps += 1
         found[key] = (time.perf_counter() - began) / steps
     return {"per_step": found}
+
+
+def _same(batch: Any, step: int) -> Any:
+    return batch
 
 
 def prepare(job: dict[str, Any]) -> dict[str, Any]:
