@@ -94,10 +94,50 @@ class _Tables:
         return _table_gradient(P)
 
 
-def _solve(A: Tensor, sides: Tensor, upper: bool) -> Tensor:
+def solve_unit(A: Tensor, sides: Tensor, upper: bool) -> Tensor:
     """(I + A)^-1 sides for a strictly triangular A: its zero diagonal is read as one."""
     # Without `out` the result is column-major, which costs two copies here and more in whatever reads it.
     return torch.linalg.solve_triangular(A, sides, upper=upper, unitriangular=True, out=torch.empty_like(sides))
+
+
+def states_forward(S, p: slice, whole, added, target, w_end, probe, delta) -> None:
+    """The only sequential part: fill S[n + 1] and delta[n] for the chunks n in p.
+
+    delta_n = target_n - probe_n S_n;  S_{n+1} = whole_n S_n + added_n + w_end_n^T delta_n
+
+    S, probe and delta hold all chunks, the others those in p; whole, added, and target with w_end may be None.
+    """
+    for i, n in enumerate(range(p.start, p.stop)):
+        now, later = S[n], S[n + 1]
+        if added is None:
+            later.copy_(now) if whole is None else torch.mul(now, whole[i], out=later)
+        elif whole is None:
+            torch.add(now, added[i], out=later)
+        else:
+            torch.addcmul(added[i], now, whole[i], out=later)
+        if w_end is not None:
+            torch.baddbmm(target[i], probe[n], now, alpha=-1, out=delta[n])
+            later.baddbmm_(w_end[i].mT, delta[n])
+
+
+def states_backward(first, carry, p: slice, whole, gd, w_end, probe) -> tuple[Tensor, Tensor]:
+    """Mirror of `states_forward`: (gradients of the states after each chunk, flat; gradient of the first state).
+
+    first and gd come in as the gradients of states and deltas from what is read inside the chunks, and are overwritten
+    with the whole ones; carry is the gradient of the state after the last chunk.
+    """
+    later = torch.empty_like(first)
+    for n in range(first.shape[0] - 1, -1, -1):
+        later[n] = carry
+        if whole is None:
+            first[n] += carry
+        else:
+            first[n].addcmul_(carry, whole[n])
+        if w_end is not None:
+            gd[n].baddbmm_(w_end[n], carry)
+            first[n].baddbmm_(probe[p.start + n].mT, gd[n], alpha=-1)
+        carry = first[n]
+    return later.flatten(0, 1), carry
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
@@ -150,22 +190,12 @@ class HeadChunks(torch.autograd.Function):
                 if k is not None:
                     target = target - ((e_ @ k_.mT) * tables.erase) @ v_
                 sides = torch.cat([target, tables.scale(e_, tables.erase_start)], -1)
-                solved = _solve((e_ @ w_.mT).mul_(tables.erase), sides, upper=False).unflatten(0, (-1, G))
+                solved = solve_unit((e_ @ w_.mT).mul_(tables.erase), sides, upper=False).unflatten(0, (-1, G))
                 target = solved[..., :dv]
                 probe[p] = solved[..., dv:]
                 w_end = tables.scale(w_, tables.end).unflatten(0, (-1, G))
             whole = tables.whole.unflatten(0, (-1, G)) if tables.decays else None
-            for i, n in enumerate(range(p.start, p.stop)):
-                now, later = S[n], S[n + 1]
-                if added is None:
-                    later.copy_(now) if whole is None else torch.mul(now, whole[i], out=later)
-                elif whole is None:
-                    torch.add(now, added[i], out=later)
-                else:
-                    torch.addcmul(added[i], now, whole[i], out=later)
-                if w is not None:
-                    torch.baddbmm(target[i], probe[n], now, alpha=-1, out=delta[n])
-                    later.baddbmm_(w_end[i].mT, delta[n])
+            states_forward(S, p, whole, added, target, w_end, probe, delta)
             o_ = torch.bmm(tables.scale(q_, tables.read_start), S[p].flatten(0, 1))
             if w is not None:
                 o_.baddbmm_((q_ @ w_.mT).mul_(tables.read), delta[p].flatten(0, 1))
@@ -203,23 +233,11 @@ class HeadChunks(torch.autograd.Function):
             if k is not None:
                 M_add = (q_ @ k_.mT).mul_(tables.read)
 
-            # The only sequential part: `later[n]` is the gradient of the state after chunk n.
             whole = tables.whole.unflatten(0, (-1, G)) if tables.decays else None
             first = (tables.scale(q_, tables.read_start).mT @ go).unflatten(0, (-1, G))
             if grad_S is not None:
                 first += grad_S[p]
-            later = torch.empty_like(first)
-            for n in range(first.shape[0] - 1, -1, -1):
-                later[n] = carry
-                if whole is None:
-                    first[n] += carry
-                else:
-                    first[n].addcmul_(carry, whole[n])
-                if w is not None:
-                    gd[n].baddbmm_(w_end[n], carry)
-                    first[n].baddbmm_(probe[p.start + n].mT, gd[n], alpha=-1)
-                carry = first[n]
-            later = later.flatten(0, 1)
+            later, carry = states_backward(first, carry, p, whole, gd, w_end, probe)
 
             gq = torch.bmm(go, S_.mT)
             if tables.decays:
@@ -228,7 +246,7 @@ class HeadChunks(torch.autograd.Function):
             read = erase = erase_start = 0.0
             end = 0.0
             if w is not None:
-                rho = _solve(A.mT, gd.flatten(0, 1), upper=True)
+                rho = solve_unit(A.mT, gd.flatten(0, 1), upper=True)
                 grad = go @ delta_.mT
                 read = read + grad * M
                 grad *= tables.read
