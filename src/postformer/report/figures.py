@@ -361,8 +361,11 @@ def _binned(x: Sequence[float], y: Sequence[float], most: int = 36) -> tuple[lis
     """Means over at most `most` equal stretches of the curve: training loss is noise on top of a trend."""
     size = max(1, math.ceil(len(x) / most))
     out_x, out_y = [], []
-    for start in range(0, len(x), size):
-        piece = y[start : start + size]
-        out_x.append(x[min(start + size, len(x)) - 1])
+    pieces = max(1, len(x) // size)
+    for index in range(pieces):
+        # The last piece takes the remainder too: a mean of fewer would end the curve in a jump.
+        start, stop = index * size, len(x) if index == pieces - 1 else (index + 1) * size
+        piece = y[start:stop]
+        out_x.append(x[stop - 1])
         out_y.append(sum(piece) / len(piece))
     return out_x, out_y

@@ -150,9 +150,16 @@ def growth(values: Mapping[str, Sequence[tuple[float, float]]], what: str, toler
     grows = sorted((n for n, f in factor.items() if f > tolerance), key=lambda n: -factor[n])
     shrinks = [n for n, f in factor.items() if f < 1 / tolerance]
     span = f"From {low:,} to {high:,} tokens of context"
+
+    def reach(name: str) -> str:
+        last = usable[name][-1][0]
+        return "" if last == high else f" (by {last:,}, as far as it was measured)"
+
     parts = []
     if grows:
-        parts.append(f"{what} grows {numbers.listing([f'{numbers.ratio(factor[n])} for {n}' for n in grows])}")
+        parts.append(
+            f"{what} grows {numbers.listing([f'{numbers.ratio(factor[n])} for {n}{reach(n)}' for n in grows])}"
+        )
     if flat:
         same = "stays the same" if tolerance < 1.01 else f"stays within a factor of {tolerance:g}"
         parts.append(f"{same if parts else f'{what} {same}'} for {numbers.listing(flat)}")

@@ -148,6 +148,10 @@ def _choices(run: RunFiles, drawn: str) -> dict[str, Any]:
     found = [m for m in mixers.values() if isinstance(m, dict) and ("loss" in m or m.get("kind") == "attention")]
     first = found[0] if found else next((m for m in mixers.values() if isinstance(m, dict)), {})
     paper = run.recipe.get("paper")
+    special = first.get("parameterisation", "qkv")
+    if special != "qkv":
+        # Such a rule fixes the choices itself, and the recipe's fields then hold defaults that do not apply.
+        first = {"kind": f"{first.get('kind')}, by the rule of {special}"}
     return {
         "name": run.name,
         "swatch": drawn,

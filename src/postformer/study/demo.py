@@ -29,7 +29,7 @@ from postformer.study.pool import Job, Outcome, Pool
 CONTEXTS = (128, 512, 2048, 8192, 16384)
 CORPUS = "stdlib"
 SCHEMA = 1
-_DECODE_SHARE = 0.06
+_DECODE_SHARE = 0.1
 """Longest part of the time that one architecture's decoding may take; only a growing list comes near it."""
 _BESIDES = {"s3": 1.2, "mqar": 1.6, "text": 3.0}
 """Seconds of a run that are not steps: building, evaluating, saving."""
@@ -141,7 +141,7 @@ class _Demo:
             if not (self.plan["decode"].get(contender.name) or {}).get("points"):
                 yield {
                     "kind": "decode", "trial": "text", "contender": contender.name, "contexts": list(self.contexts),
-                    "seed": self.seed, "time_limit": self.decode_limit, "expected": self.decode_limit / 4,
+                    "seed": self.seed, "time_limit": self.decode_limit, "expected": self.decode_limit / 6,
                     "limit": self.decode_limit + 30.0,
                 }  # fmt: skip
         for index, test in enumerate(TRIALS):
