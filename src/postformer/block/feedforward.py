@@ -64,7 +64,7 @@ class FeedForward(Mixer):
 
     @classmethod
     def traits(cls, design: FeedForwardDesign) -> Traits:
-        return Traits(stateful=False)
+        return Traits(two_way=True, stateful=False)
 
     @classmethod
     def cost(cls, design: FeedForwardDesign, site: Any) -> Cost:

@@ -39,6 +39,8 @@ class Traits:
     """What a mixer can do. Verify, the planner and refusals use it; nothing else may switch a check off."""
 
     causal: bool = True
+    two_way: bool = False
+    """ctx.causal = False is honoured: the tokens of a call see each other."""
     streaming: Literal["constant", "growing", "none"] = "constant"
     soft_gates: bool = True
     """tick and write in (0, 1) and read-only tokens are honoured; False where local mixing would see them."""
@@ -92,6 +94,9 @@ class Mixer(nn.Module):
         if ctx.valid is not None:
             x = x.masked_fill(~ctx.valid[..., None], 0)
         traits = self.traits(self.design)
+        if not ctx.causal and not traits.two_way:
+            raise ValueError(f"{type(self).__name__} looks back only; a call with causal=False needs a design made of "
+                             "attention (and feed-forwards) alone")
         if (ctx.emit and not traits.native_emit) or (ctx.boundary is not None and not traits.native_reset):
             out = fallback.by_pieces(self, x, state, ctx, traits)
         else:

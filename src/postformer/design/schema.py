@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from postformer.design import registry
@@ -10,12 +13,12 @@ from postformer.design.grammar import Recipe
 TEMPLATE = "#/$defs/{model}"
 
 
-def recipe_schema() -> dict[str, Any]:
-    """Schema (draft 2020-12) of what may stand in a recipe file."""
+def recipe_schema(kinds: Collection[str] | None = None) -> dict[str, Any]:
+    """Schema (draft 2020-12) of what may stand in a recipe file; kinds: None for all that are registered here."""
     schema = Recipe.model_json_schema(ref_template=TEMPLATE)
     defs = schema["$defs"]
     mixers = []
-    for kind in registry.kinds():
+    for kind in sorted(kinds or registry.kinds()):
         design = registry.resolve(kind).Design
         own = design.model_json_schema(ref_template=TEMPLATE)
         defs.update(own.pop("$defs", {}))
@@ -66,3 +69,8 @@ def _short_forms(defs: dict[str, Any]) -> None:
     matrix = defs.get("MatrixDesign", {}).get("properties", {})
     if "features" in matrix:
         matrix["features"] = {"anyOf": [matrix["features"], {"type": "string"}]}
+
+
+if __name__ == "__main__":  # writes the schema that ships
+    target = Path(__file__).parents[1] / "schema" / "recipe.json"
+    target.write_text(json.dumps(recipe_schema(), indent=1, sort_keys=True) + "\n", encoding="utf-8")

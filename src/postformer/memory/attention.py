@@ -189,7 +189,7 @@ class Attention(Mixer):
 
     @classmethod
     def traits(cls, design: AttentionDesign) -> Traits:
-        return Traits(streaming="constant" if design.window else "growing", native_emit=False)
+        return Traits(two_way=True, streaming="constant" if design.window else "growing", native_emit=False)
 
     @classmethod
     def choices(cls, design: AttentionDesign) -> Choices:

@@ -27,6 +27,7 @@ def joined_traits(children: tuple[Any, ...]) -> Traits:
     each = [registry.resolve(c.kind).traits(c) for c in children]
     return Traits(
         causal=all(t.causal for t in each),
+        two_way=all(t.two_way for t in each),
         streaming="none" if any(t.streaming == "none" for t in each) else
         "growing" if any(t.streaming == "growing" for t in each) else "constant",
         soft_gates=all(t.soft_gates for t in each),
