@@ -23,6 +23,18 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 """from version n -> a function that returns the same recipe in version n + 1"""
 
 
+class _Strict(yaml.SafeLoader):
+    """YAML in which a field given twice is an error (plain YAML silently takes the last)."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen and key.value != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is given twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def names() -> list[str]:
     """The recipes that ship with postformer."""
     return sorted(p.name[:-5] for p in files("postformer").joinpath("recipes").iterdir() if p.name.endswith(".yaml"))
@@ -43,7 +55,7 @@ def load(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
     else:
         file, text = _read(recipe)
         try:
-            raw = yaml.safe_load(text)
+            raw = yaml.load(text, _Strict)
         except yaml.YAMLError as e:
             mark = getattr(e, "problem_mark", None)
             raise DesignError(f"not valid YAML: {getattr(e, 'problem', e)}", file=file,
@@ -275,8 +287,15 @@ def override(data: Any, item: str) -> None:
 
 def _design_error(e: ValidationError, raw: Any = None) -> DesignError:
     """The first complaint of pydantic, in our words."""
-    err = min(e.errors(include_url=False), key=lambda err: (err["type"] == "missing", -len(err["loc"])))
+    def rank(err: Any) -> tuple[bool, bool, int]:
+        # Of a choice between a name and a mapping, what was given is the one to complain about.
+        other = err["type"] == "string_type" and isinstance(err["input"], (dict, list))
+        return err["type"] == "missing", other, -len(err["loc"])
+
+    err = min(e.errors(include_url=False), key=rank)
     loc = [str(x) for x in err["loc"] if not (isinstance(x, str) and x.startswith(("function-", "lax-", "literal[")))]
+    if len(loc) > 1 and loc[-1] in ("str", "int", "float"):
+        loc.pop()  # a branch of a choice, not a field
     path = ".".join(loc)
     value, kind = err.get("input"), err["type"]
     if kind == "extra_forbidden":

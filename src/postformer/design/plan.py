@@ -123,7 +123,8 @@ def check(recipe: Recipe) -> None:
     blocks = {f"model.layers.{name}": layer for name, layer in model.layers.items()}
     blocks |= {f"model.shared.{name}.layer": block.layer for name, block in model.shared.items()}
     if both := set(model.mixers) & set(model.shared):
-        raise DesignError(f"'{min(both)}' names a mixer and a shared block; rename one", path=f"model.shared.{min(both)}")
+        raise DesignError(f"'{min(both)}' names a mixer and a shared block; rename one",
+                          path=f"model.shared.{min(both)}")
     for where, layer in blocks.items():
         known = [*model.mixers, *(model.shared if where.startswith("model.layers.") else ())]
         if not layer:

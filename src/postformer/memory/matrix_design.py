@@ -141,6 +141,9 @@ class MatrixDesign(Design):
 
     @model_validator(mode="after")
     def _sense(self) -> MatrixDesign:
+        from postformer.memory.rules import resolve  # its files import this one
+
+        resolve(self.parameterisation)
         if self.parameterisation != "qkv":
             fields = type(self).model_fields
             fixed = {name for name in ("loss", "retention", "update", "features", "position", "normaliser")
@@ -178,4 +181,7 @@ class MatrixDesign(Design):
         if (h.dim_key is None or h.dim_value is None) and width % h.value:
             raise ValueError(f"width {width} is not a multiple of heads.value ({h.value}); "
                              "set heads.dim_key and heads.dim_value")
+        if self.position == "rope" and (h.dim_key or width // h.value) % 2:
+            raise ValueError(f"position: rope turns pairs of channels; dim_key is {h.dim_key or width // h.value}, "
+                             "make it even")
         return h.value, key, h.dim_key or width // h.value, h.dim_value or width // h.value
