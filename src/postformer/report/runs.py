@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from postformer.design import DesignError, load, registry
 from postformer.report import findings, numbers
 from postformer.report.figures import Series, loss_curves, svg
 from postformer.report.reading import RunFiles, read_runs
@@ -142,33 +143,29 @@ def _score_sections(runs: Sequence[RunFiles], swatches: dict[str, str]) -> list[
 
 
 def _choices(run: RunFiles, drawn: str) -> dict[str, Any]:
-    """The four choices of the first mixer of the recipe that has them, in the recipe's own words."""
-    model = run.recipe.get("model") or {}
-    mixers = model.get("mixers") or {}
-    found = [m for m in mixers.values() if isinstance(m, dict) and ("loss" in m or m.get("kind") == "attention")]
-    first = found[0] if found else next((m for m in mixers.values() if isinstance(m, dict)), {})
-    paper = run.recipe.get("paper")
-    special = first.get("parameterisation", "qkv")
-    if special != "qkv":
-        # Such a rule fixes the choices itself, and the recipe's fields then hold defaults that do not apply.
-        first = {"kind": f"{first.get('kind')}, by the rule of {special}"}
+    """The four choices of the run's memories, as their kinds state them; empty where the recipe cannot be read."""
+    paper, found, summary = run.recipe.get("paper"), [], ""
+    try:
+        recipe = load(run.recipe)
+        summary = recipe.summary
+        found = [c for d in recipe.model.mixers.values() if (c := registry.resolve(d.kind).choices(d))]
+    except DesignError:
+        pass  # a kind of a package that is not installed here: the run's numbers are shown all the same
+
+    def each(name: str) -> str:
+        return "; ".join(dict.fromkeys(getattr(c, name) for c in found))
+
     return {
         "name": run.name,
         "swatch": drawn,
-        "summary": "",
+        "summary": summary,
         "mathml": "",
-        "memory": _spelled(first.get("kind")),
-        "inner_loss": _spelled(first.get("loss")),
-        "retention": _spelled(first.get("retention")),
-        "update": _spelled(first.get("update")),
+        "memory": each("memory"),
+        "inner_loss": each("loss"),
+        "retention": each("retention"),
+        "update": each("update"),
         "paper": paper if isinstance(paper, list) else str(paper) if paper else None,
     }
-
-
-def _spelled(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {_spelled(v)}" for k, v in value.items() if v is not None)
-    return "" if value is None else str(value)
 
 
 def _table(runs: Sequence[RunFiles], swatches: dict[str, str]) -> Table:
