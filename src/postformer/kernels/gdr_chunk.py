@@ -44,7 +44,7 @@ def gdr_chunked(
 
     Returns (o, state, the state before every C-th token [N, B, H, dk, dv]).
     """
-    (B, H, T, _), dv, R = q.shape, state.shape[-1], micro
+    (B, H, T, _), R = q.shape, micro
     if reset is not None:
         cut = reset[:, None, :, None]
         if g is None:

@@ -94,10 +94,11 @@ class _Tables:
         return _table_gradient(P)
 
 
-def solve_unit(A: Tensor, sides: Tensor, upper: bool) -> Tensor:
+def solve_unit(A: Tensor, sides: Tensor, upper: bool, out: Tensor | None = None) -> Tensor:
     """(I + A)^-1 sides for a strictly triangular A: its zero diagonal is read as one."""
     # Without `out` the result is column-major, which costs two copies here and more in whatever reads it.
-    return torch.linalg.solve_triangular(A, sides, upper=upper, unitriangular=True, out=torch.empty_like(sides))
+    out = torch.empty_like(sides) if out is None else out
+    return torch.linalg.solve_triangular(A, sides, upper=upper, unitriangular=True, out=out)
 
 
 def states_forward(S, p: slice, whole, added, target, w_end, probe, delta) -> None:
@@ -120,13 +121,13 @@ def states_forward(S, p: slice, whole, added, target, w_end, probe, delta) -> No
             later.baddbmm_(w_end[i].mT, delta[n])
 
 
-def states_backward(first, carry, p: slice, whole, gd, w_end, probe) -> tuple[Tensor, Tensor]:
+def states_backward(first, carry, p: slice, whole, gd, w_end, probe, later=None) -> tuple[Tensor, Tensor]:
     """Mirror of `states_forward`: (gradients of the states after each chunk, flat; gradient of the first state).
 
     first and gd come in as the gradients of states and deltas from what is read inside the chunks, and are overwritten
     with the whole ones; carry is the gradient of the state after the last chunk.
     """
-    later = torch.empty_like(first)
+    later = torch.empty_like(first) if later is None else later.view_as(first)
     for n in range(first.shape[0] - 1, -1, -1):
         later[n] = carry
         if whole is None:
