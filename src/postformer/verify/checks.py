@@ -20,7 +20,7 @@ from postformer.contract.context import LEVELS, Context
 from postformer.contract.mixer import Mixer, Traits
 from postformer.kernels import use
 from postformer.model.language import LMState
-from postformer.verify.compare import emitted_at, error, finite, gradient_error, state_error
+from postformer.verify.compare import emitted_at, error, finite, gradient_error, state_error, used
 from postformer.verify.subject import Subject
 
 Found = tuple[float, float, str]
@@ -349,9 +349,9 @@ def gated(s: Subject) -> Found:
 
 def _memory_error(a: Any, b: Any) -> float:
     """Difference of two states but for their position counters (a read-only token does advance those)."""
-    left = [leaf for leaf in states.leaves(a) if leaf.dtype.is_floating_point or leaf.dtype.is_complex]
-    right = [leaf for leaf in states.leaves(b) if leaf.dtype.is_floating_point or leaf.dtype.is_complex]
-    return max((error(x, y, 1e-3) for x, y in zip(left, right)), default=0.0)
+    left = [leaf for leaf in used(a) if leaf.dtype.is_floating_point or leaf.dtype.is_complex]
+    right = [leaf for leaf in used(b) if leaf.dtype.is_floating_point or leaf.dtype.is_complex]
+    return max((error(x, y, 1e-3) for x, y in zip(left, right, strict=True)), default=0.0)
 
 
 @check("finite outputs and gradients: extreme gates, zero input, huge input")

@@ -51,7 +51,8 @@ def flops(s: Subject) -> Found:
         return math.inf, 0.05, e.message
     # The head is the same for every design and would hide a mistake in a small one.
     declared = cost.flops(37) - linear(s.width, s.recipe.model.vocab).flops(37)
-    model, tokens = build(s.recipe.model), torch.zeros(1, 37, dtype=torch.long)
+    # Without gradients: the counter's hooks stumble over a learned initial state.
+    model, tokens = build(s.recipe.model).requires_grad_(False), torch.zeros(1, 37, dtype=torch.long)
     with torch.no_grad(), use(backend="reference"), FlopCounterMode(display=False) as counter:
         model.run(model.embed(tokens))
     counted = counter.get_total_flops()
