@@ -1,0 +1,110 @@
+"""The state of attention: a list that grows, a ring that does not, given away or kept."""
+
+import pytest
+import torch
+
+from postformer.contract import state as states
+from postformer.contract.context import DOCUMENT, Context
+from postformer.contract.state import Growing
+from postformer.design import load
+from postformer.memory.attention import Ring, append, rotate
+from postformer.model import build
+
+
+def entries(*values):
+    return torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1, 1)
+
+
+def listed(memory):
+    return [memory.data[i, :n, 0, 0, 0].tolist() for i, n in enumerate(memory.length.tolist())]
+
+
+def empty():
+    return Growing(torch.zeros(1, 0, 1, 1, 1, dtype=torch.float64), torch.tensor([0]))
+
+
+def test_a_list_grows_by_doubling_and_keeps_its_entries():
+    memory, capacities = empty(), []
+    for i in range(1, 10):
+        memory = append(memory, entries(i), None, None, False)
+        capacities.append(memory.data.shape[1])
+    assert listed(memory) == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
+    assert capacities == [1, 2, 4, 4, 8, 8, 8, 8, 16]
+
+
+def test_a_list_given_away_is_written_in_place_and_one_kept_is_not():
+    memory = append(append(empty(), entries(1, 2, 3), None, None, False), entries(4), None, None, False)
+    before = memory.data.clone()
+    kept = append(memory, entries(5), None, None, False)
+    assert torch.equal(memory.data, before)
+    assert kept.data.data_ptr() != memory.data.data_ptr()
+    given = append(memory, entries(6), None, None, True)
+    assert given.data.data_ptr() == memory.data.data_ptr()
+    assert (listed(kept), listed(given)) == ([[1, 2, 3, 4, 5]], [[1, 2, 3, 4, 6]])
+
+
+def test_only_kept_tokens_of_the_last_document_enter():
+    memory = append(empty(), entries(1, 2), None, None, False)
+    keep, segments = torch.tensor([[True, False, True, True]]), torch.tensor([[0, 0, 1, 1]])
+    assert listed(append(memory, entries(3, 4, 5, 6), None, keep, False)) == [[1, 2, 3, 5, 6]]
+    assert listed(append(memory, entries(3, 4, 5, 6), segments, keep, False)) == [[5, 6]]
+    assert listed(append(memory, entries(3, 4, 5, 6), segments * 0, keep, False)) == [[1, 2, 3, 5, 6]]
+    nothing = torch.zeros(1, 4, dtype=torch.bool)
+    assert listed(append(memory, entries(3, 4, 5, 6), None, nothing, False)) == [[1, 2]]
+
+
+def ring(width=3):
+    return Ring(torch.zeros(1, width, 1, 1, 1, dtype=torch.float64), torch.full((1, width), -1), torch.tensor([0]))
+
+
+def test_a_ring_holds_the_last_entries_in_place_of_the_oldest():
+    memory = ring()
+    for t in range(5):
+        memory = rotate(memory, entries(t + 1), torch.tensor([[t]]), None, None, False)
+    assert memory.data.flatten().tolist() == [4, 5, 3]
+    assert memory.position.tolist() == [[3, 4, 2]]
+    whole = rotate(ring(), entries(1, 2, 3, 4, 5), torch.arange(5)[None], None, None, False)
+    assert torch.equal(whole.data, memory.data)
+    assert torch.equal(whole.position, memory.position)
+    assert whole.count.tolist() == [5]
+    segments = torch.tensor([[0, 0, 0, 0, 1]])
+    cut = rotate(whole, entries(6, 7, 8, 9, 10), torch.tensor([[5, 6, 7, 8, 0]]), segments, None, False)
+    assert cut.position.tolist() == [[0, -1, -1]]
+    assert cut.data.flatten().tolist() == [10, 0, 0]
+
+
+def test_a_ring_given_away_is_written_in_place():
+    memory = rotate(ring(), entries(1, 2), torch.tensor([[0, 1]]), None, None, False)
+    before = memory.data.clone()
+    rotate(memory, entries(3), torch.tensor([[2]]), None, None, False)
+    assert torch.equal(memory.data, before)
+    given = rotate(memory, entries(3), torch.tensor([[2]]), None, None, True)
+    assert given.data.data_ptr() == memory.data.data_ptr()
+    assert given.data.flatten().tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["transformer", "sliding-window"])
+def test_decoding_with_a_state_given_away_allocates_a_new_list_only_when_it_is_full(name):
+    model = build(load(name, width=32, layers=2).model)
+    ids = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        truth, state = model(ids).logits, model(ids[:, :20]).state
+        buffers, logits = set(), []
+        for t in range(20, 40):
+            out = model(ids[:, t : t + 1], state, Context(consume=True))
+            state = out.state
+            buffers.add(state.stack[0][0].memory.data.data_ptr())
+            logits.append(out.logits)
+    assert len(buffers) == 1
+    assert (torch.cat(logits, 1) - truth[:, 20:]).abs().max() < 1e-4
+
+
+def test_packing_and_padding_without_positions_are_refused_with_a_remedy():
+    mixer = build(load("transformer", width=32, layers=2).model).stack.layers[0].sublayers[0].mixer
+    boundary = torch.zeros(1, 4, dtype=torch.int8)
+    boundary[0, 2] = DOCUMENT
+    with pytest.raises(ValueError, match=r"need ctx.position; the language model sets it"):
+        mixer(torch.zeros(1, 4, 32), None, Context(boundary=boundary))
+    out = mixer(torch.ones(1, 4, 32))
+    assert out.state.next.tolist() == [4]
+    assert states.size(out.state) == 4 * 2 * mixer.kv_heads * mixer.dim * 4 + 16
