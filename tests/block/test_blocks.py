@@ -83,6 +83,6 @@ def test_next_is_added_to_the_next_input_only():
 def test_inputs_are_joined_in_order():
     layer = layer_of([{"use": "f", "input": ["embedding", "x"]}], {"f": {"kind": "mlp"}})
     f, other = layer.sublayers[0], X.flip(1)
-    assert f.mixer.up.weight.shape == (64, 32)
+    assert f.mixer.up.weight.shape == (128, 32)  # expands what it reads
     y = layer(X, None, Context(shared={"embedding": other})).y
     assert (y - (X + f.mixer(f.norm(torch.cat([other, X], -1))).y)).abs().max() < 1e-13
