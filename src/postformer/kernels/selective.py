@@ -1,6 +1,8 @@
 """Mamba's selective scan (arXiv 2312.00752), with memory that does not grow with tokens times state.
 
-Inside, states are [Bt, N, D]: D is the longer of the two, and elementwise work wants a long last dimension.
+Inside, states are [Bt, N, D] (D is the longer of the two, and elementwise work wants a long last dimension) and time
+comes first. A piece of the tokens is worked on at a time, in memory that is laid out once: fresh memory costs more than
+what is done in it.
 """
 
 from __future__ import annotations
@@ -12,26 +14,82 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import settings
-from .scan import _blocked, _linear
+from .scan import WIDE, _blocked, _linear
 
 BUDGET = 1 << 18
-"""Elements of a state history kept at a time, [Bt, L, N, D]: few enough to stay in a cache, many to hide overhead."""
+"""Elements of a state history worked on at a time: few enough to stay in a cache, many enough to hide overhead."""
 
 
-def _piece(x: Tensor, state: Tensor) -> int:
-    """Tokens per piece: the budget, but never fewer than 16 (where per-token steps would be as good)."""
+def _length(x: Tensor, state: Tensor) -> int:
+    """Tokens per piece: the budget, but never fewer than 16 (each piece keeps a state for the backward pass)."""
     return min(x.shape[1], max(16, BUDGET // max(1, state.numel())))
 
 
-def _history(dt, x, A, B, reset, start) -> tuple[Tensor, Tensor]:
-    """(decays, states) of one piece, both [Bt, L, N, D]; A and start are [N, D] and [Bt, N, D]."""
-    decay = (dt.unsqueeze(-2) * A).exp_()
-    if reset is not None:
-        decay.masked_fill_(reset[..., None, None], 0.0)
-    h = (dt * x).unsqueeze(-2) * B.unsqueeze(-1)
-    # In place: a token's input is read before its state is stored there.
-    _blocked(decay, h, start, h, _linear, torch.mul, False)
-    return decay, h
+class _Piece:
+    """Memory for up to L tokens, and the recurrence in it."""
+
+    def __init__(self, L: int, state: Tensor, backward: bool):
+        Bt, N, D = state.shape
+        new = state.new_empty
+        self.x, self.dt, self.u, self.gy = (new(L, Bt, D) for _ in range(4))
+        self.B, self.C = (new(L, Bt, N) for _ in range(2))
+        self.decay, self.h = (new(L, Bt, N, D) for _ in range(2))
+        self.total = new(L, Bt, N, D) if backward else self.h
+        self.inputs = self.u.unsqueeze(-2), self.B.unsqueeze(-1)
+        last = new(2, Bt, N, D).unbind() if backward else ()
+        # Views of single tokens, made once: making them takes as long as the arithmetic on a small state.
+        tokens = [z.unbind() for z in (self.decay, self.h, *self.inputs)]
+        self.forward = list(zip(*tokens, [last[t % 2] for t in range(L)] if backward else tokens[1], strict=True))
+        total = self.total.unbind()
+        self.backward = list(zip(total, tokens[0][1:], total[1:]))
+        self.walk = state.numel() >= WIDE
+
+    def load(self, s: slice, x, dt, A, B, C, reset) -> None:
+        """Take tokens s."""
+        L = s.stop - s.start
+        for into, z in ((self.x, x), (self.dt, dt), (self.B, B), (self.C, C)):
+            into[:L] = z[:, s].transpose(0, 1)
+        torch.mul(self.dt[:L], self.x[:L], out=self.u[:L])
+        decay = torch.mul(self.dt[:L].unsqueeze(-2), A, out=self.decay[:L]).exp_()
+        if reset is not None:
+            decay.masked_fill_(reset[:, s].T[..., None, None], 0.0)
+
+    def states(self, L: int, h: Tensor) -> Tensor:
+        """The states of L tokens after h, [L, Bt, N, D]."""
+        decay, states, u, B = (z[:L] for z in (self.decay, self.h, *self.inputs))
+        if self.walk:
+            for decay_t, h_t, u_t, B_t, _ in self.forward[:L]:
+                torch.mul(decay_t, h, out=h_t)
+                h = h_t.addcmul_(u_t, B_t)
+        else:
+            torch.mul(u, B, out=states)
+            # In place: a token's input is read before its state is stored there.
+            into = states.transpose(0, 1)
+            _blocked(decay.transpose(0, 1), into, h, into, _linear, torch.mul, False)
+        return states
+
+    def found(self, L: int, h: Tensor) -> Tensor:
+        """What L tokens after h find in memory, decay_t h_{t-1}; what they leave is not kept."""
+        found = self.h[:L]
+        if self.walk:
+            for decay_t, found_t, u_t, B_t, left in self.forward[:L]:
+                torch.mul(decay_t, h, out=found_t)
+                h = torch.addcmul(found_t, u_t, B_t, out=left)
+        else:
+            before = self.total[:L]
+            before[0] = h
+            before[1:] = self.states(L, h)[:-1]
+            torch.mul(self.decay[:L], before, out=found)
+        return found
+
+    def scan_back(self, L: int) -> None:
+        """total_t += decay_{t+1} total_{t+1} from the last of L tokens to the first."""
+        if self.walk:
+            for total_t, decay, total in reversed(self.backward[: L - 1]):
+                total_t.addcmul_(decay, total)
+        elif L > 1:
+            a, b = self.decay[1:L].transpose(0, 1), self.total[:L].transpose(0, 1)
+            _blocked(a, b[:, :-1], b[:, -1], b[:, :-1], _linear, torch.mul, True)
 
 
 class _SelectiveScan(torch.autograd.Function):
@@ -39,18 +97,19 @@ class _SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, h0, reset, emit):
-        T, L = x.shape[1], _piece(x, h0)
+        T, L = x.shape[1], _length(x, h0)
         y = torch.empty_like(x)
         starts, emitted = [], []
-        h = h0
+        h, piece = h0, _Piece(L, h0, False)
         for i in range(0, T, L):
             s = slice(i, min(i + L, T))
             starts.append(h)
-            _, states = _history(dt[:, s], x[:, s], A, B[:, s], None if reset is None else reset[:, s], h)
-            y[:, s] = (C[:, s].unsqueeze(-2) @ states).squeeze(-2)
+            piece.load(s, x, dt, A, B, C, reset)
+            states = piece.states(s.stop - s.start, h)
+            y[:, s] = (piece.C[: len(states)].unsqueeze(-2) @ states).squeeze(-2).transpose(0, 1)
             if emit is not None:
-                emitted += [h if t == i else states[:, t - 1 - i].clone() for t in _marks(s.start, s.stop, emit)]
-            h = states[:, -1].clone()
+                emitted += [h if t == i else states[t - 1 - i].clone() for t in _marks(s.start, s.stop, emit)]
+            h = states[-1].clone()
         ctx.save_for_backward(x, dt, A, B, C, reset, *starts)
         ctx.emit, ctx.length = emit, L
         return y, h, (h.new_empty(0) if emit is None else torch.stack(emitted, 1))
@@ -63,31 +122,37 @@ class _SelectiveScan(torch.autograd.Function):
         grad_x, grad_dt, grad_B, grad_C = (torch.empty_like(z) for z in (x, dt, B, C))
         grad_A = torch.zeros_like(A)
         carry = grad_last  # the gradient of the state after the piece
+        piece = _Piece(L, starts[0], True)
         for n in range(len(starts) - 1, -1, -1):
             s = slice(n * L, min(n * L + L, T))
-            dt_s, x_s, B_s, gy = dt[:, s], x[:, s], B[:, s], grad_y[:, s]
-            decay, h = _history(dt_s, x_s, A, B_s, None if reset is None else reset[:, s], starts[n])
-            grad_C[:, s] = (h @ gy.unsqueeze(-1)).squeeze(-1)
-            total = gy.unsqueeze(-2) * C[:, s].unsqueeze(-1)
+            length = s.stop - s.start
+            piece.load(s, x, dt, A, B, C, reset)
+            found = piece.found(length, starts[n])
+            held = (z[:length] for z in (piece.x, piece.dt, piece.u, piece.B, piece.C, piece.gy))
+            x_s, dt_s, u_s, B_s, C_s, gy = held
+            decay, total = piece.decay[:length], piece.total[:length]
+            gy.copy_(grad_y[:, s].transpose(0, 1))
+            # A state is what was found plus what was written.
+            read = (gy.unsqueeze(-2) @ found.mT).squeeze(-2)
+            grad_C[:, s] = read.addcmul_(B_s, (u_s * gy).sum(-1, keepdim=True)).transpose(0, 1)
+            torch.mul(gy.unsqueeze(-2), C_s.unsqueeze(-1), out=total)
             marks = _marks(s.start, s.stop, emit) if emit is not None else range(0)
             for t in marks:
                 if t > s.start:
-                    total[:, t - 1 - s.start] += grad_emitted[:, t // emit]
-            total[:, -1] += carry
-            if total.shape[1] > 1:
-                _blocked(decay[:, 1:], total[:, :-1], total[:, -1], total[:, :-1], _linear, torch.mul, True)
-            carry = decay[:, 0] * total[:, 0]
+                    total[t - 1 - s.start] += grad_emitted[:, t // emit]
+            total[-1] += carry
+            piece.scan_back(length)
+            carry = decay[0] * total[0]
             if s.start in marks:
                 carry = carry + grad_emitted[:, s.start // emit]
-            grad_in = (B_s.unsqueeze(-2) @ total).squeeze(-2)
-            grad_B[:, s] = (total @ (dt_s * x_s).unsqueeze(-1)).squeeze(-1)
-            # What is left is the gradient of the decay's exponent: total * previous state * decay.
-            decay *= total
-            decay[:, 1:] *= h[:, :-1]
-            decay[:, 0] *= starts[n]
-            grad_x[:, s] = grad_in * dt_s
-            grad_dt[:, s] = grad_in * x_s + (decay * A).sum(-2)
-            grad_A += decay.mul_(dt_s.unsqueeze(-2)).sum((0, 1))
+            grad_u = (B_s.unsqueeze(-2) @ total).squeeze(-2)
+            grad_B[:, s] = (u_s.unsqueeze(-2) @ total.mT).squeeze(-2).transpose(0, 1)
+            exponent = found.mul_(total)  # its gradient
+            grad_x[:, s] = (grad_u * dt_s).transpose(0, 1)
+            grad_u *= x_s
+            grad_u += torch.mul(exponent, A, out=decay).sum(-2)
+            grad_dt[:, s] = grad_u.transpose(0, 1)
+            grad_A += exponent.mul_(dt_s.unsqueeze(-2)).sum((0, 1))
         return grad_x, grad_dt, grad_A, grad_B, grad_C, carry, None, None
 
 
