@@ -154,8 +154,10 @@ def pieces(s: Subject) -> Found:
 @contextmanager
 def driven(s: Subject, gain: float) -> Iterator[None]:
     """What every mixer reads, times gain: norms before the mixers hide the size of the model's own input."""
-    hooks = [m.norm.register_forward_hook(lambda module, args, y: y * gain)
-             for m in s.model.modules() if isinstance(m, Sublayer)]
+    def louder(module: Any, args: Any, y: Any) -> Any:
+        return y * gain
+
+    hooks = [m.norm.register_forward_hook(louder) for m in s.model.modules() if isinstance(m, Sublayer)]
     try:
         yield
     finally:
@@ -218,7 +220,8 @@ def batch(s: Subject) -> Found:
 
 def _ends(s: Subject) -> tuple[int, int]:
     """(boundary level that ends the longest memory of the design, highest level that ends none of them)."""
-    levels = [LEVELS[m.forget_at] for m in s.model.modules() if isinstance(getattr(m, "forget_at", None), str)]
+    named = [getattr(m, "forget_at", None) for m in s.model.modules()]
+    levels = [LEVELS[name] for name in named if isinstance(name, str)]
     levels.append(LEVELS["document"])  # positions
     return max(levels), min(levels) - 1
 
@@ -403,7 +406,7 @@ def differences(s: Subject) -> Found:
 
             slope = (moved(step) - moved(-step)) / (2 * step)
             moved(0.0)
-            gap = abs(slope - sum(told).item()) / max(abs(slope), len(members) ** 0.5)
+            gap = abs(slope - torch.stack(told).sum().item()) / max(abs(slope), len(members) ** 0.5)
             if gap > worst or not where:
                 worst, where = gap, group
     return worst, 1e-5, where
@@ -428,21 +431,19 @@ def pure(s: Subject) -> Found:
 
 def _overwritten(s: Subject, x: Tensor) -> str:
     """The first mixer that changes its x in place (two readers of one tensor would then see different things)."""
-    before: dict[str, int] = {}
+    before: dict[Any, int] = {}
     found: list[str] = []
+    names: dict[Any, str] = {m: name for name, m in s.model.named_modules() if isinstance(m, Mixer)}
 
-    def enter(name: str, x: Tensor) -> None:
-        before[name] = x._version
+    def enter(mixer: Any, args: Any) -> None:
+        before[mixer] = args[0]._version
 
-    def leave(name: str, x: Tensor) -> None:
-        if x._version != before[name]:
-            found.append(name)
+    def leave(mixer: Any, args: Any, out: Any) -> None:
+        if args[0]._version != before[mixer]:
+            found.append(names[mixer])
 
-    hooks: list[Any] = []
-    for name, m in s.model.named_modules():
-        if isinstance(m, Mixer):
-            hooks.append(m.register_forward_pre_hook(lambda _, args, n=name: enter(n, args[0])))
-            hooks.append(m.register_forward_hook(lambda _, args, out, n=name: leave(n, args[0])))
+    hooks: list[Any] = [m.register_forward_pre_hook(enter) for m in names]
+    hooks += [m.register_forward_hook(leave) for m in names]
     with torch.no_grad():
         s(x)
     for hook in hooks:
