@@ -1,5 +1,7 @@
 """Elementwise recurrences: blocks against tokens, derivatives, documents; convolution by FFT against the sum."""
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from postformer.kernels import fft_convolution, max_plus_scan, scan, selective, selective_scan, use
 
 torch.set_num_threads(1)
+scan_module = importlib.import_module("postformer.kernels.scan")  # the package's own `scan` is the function
 profile = settings(derandomize=True, deadline=None, max_examples=100, database=None)
 
 
@@ -28,8 +31,8 @@ def assert_close(found, expected, relative):
 
 @profile
 @given(T=st.integers(1, 90), dtype=st.sampled_from([torch.float64, torch.complex128, torch.float32]),
-       resets=st.booleans(), shared=st.booleans(), seed=st.integers(0, 99))  # fmt: skip
-def test_scan_equals_tokens(T, dtype, resets, shared, seed):
+       resets=st.booleans(), shared=st.booleans(), seed=st.integers(0, 99), walk=st.booleans())  # fmt: skip
+def test_scan_equals_tokens(T, dtype, resets, shared, seed, walk):
     rng = torch.Generator().manual_seed(seed)
     shape = (2, T, 1 if shared else 3, 2)
     if dtype.is_complex:
@@ -39,7 +42,10 @@ def test_scan_equals_tokens(T, dtype, resets, shared, seed):
         a = torch.rand(shape, generator=rng, dtype=dtype) * 2 - 1
     b, h0 = (torch.randn(2, *n, 3, 2, generator=rng, dtype=dtype) for n in ((T,), ()))
     reset = torch.rand(2, T, generator=rng) < 0.2 if resets else None
-    found = gradients(lambda a, b, h: scan(a, b, h, reset, "parallel"), a, b, h0)
+    with pytest.MonkeyPatch.context() as patch:
+        if walk:
+            patch.setattr(scan_module, "WIDE", 1)
+        found = gradients(lambda a, b, h: scan(a, b, h, reset, "parallel"), a, b, h0)
     expected = gradients(lambda a, b, h: scan(a, b, h, reset, "reference"), a, b, h0)
     assert_close(found, expected, 1e-5 if dtype == torch.float32 else 1e-10)
 
@@ -99,12 +105,14 @@ def selective_inputs(T, dtype=torch.float64, seed=0, D=3, N=2):
 
 @profile
 @given(T=st.integers(1, 60), resets=st.booleans(), emit=st.sampled_from([None, 1, 5, 16, 99]), small=st.booleans(),
-       scale=st.sampled_from([0.1, 5.0, 60.0]))  # fmt: skip
-def test_selective_scan_equals_tokens(T, resets, emit, small, scale):
+       walk=st.booleans(), scale=st.sampled_from([0.1, 5.0, 60.0]))  # fmt: skip
+def test_selective_scan_equals_tokens(T, resets, emit, small, walk, scale):
     reset = torch.rand(2, T, generator=torch.Generator().manual_seed(T)) < 0.2 if resets else None
     with pytest.MonkeyPatch.context() as patch, use(decay_scale=scale):
         if small:  # several pieces
             patch.setattr(selective, "BUDGET", 1)
+        if walk:
+            patch.setattr(selective, "WALK", 1)
         for dtype, relative in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
             args = selective_inputs(T, dtype, T)
             found = gradients(lambda *z: selective_scan(*z, reset, emit, "parallel"), *args)
@@ -112,7 +120,9 @@ def test_selective_scan_equals_tokens(T, resets, emit, small, scale):
             assert_close(found, expected, relative)
 
 
-def test_selective_scan_by_finite_differences(monkeypatch):
+@pytest.mark.parametrize("walk", [1, 1000])
+def test_selective_scan_by_finite_differences(monkeypatch, walk):
+    monkeypatch.setattr(selective, "WALK", walk)
     monkeypatch.setattr(selective, "BUDGET", 1)
     args = [x.requires_grad_() for x in selective_inputs(19)]
     reset = torch.tensor([[i == 8 for i in range(19)]] * 2)

@@ -18,6 +18,10 @@ handed from factors of length 2s to those of length s that they are made of.
 A few chunks are worked on at a time, in memory that is laid out once: fresh memory costs more than what is done in it.
 """
 
+# Arguments that come together are None together, which the checker cannot follow.
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportOptionalOperand=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import torch

