@@ -53,7 +53,7 @@ def visibility(
         age = qp[:, :, None] - kp[:, None, :]
         if causal:
             seen = age >= 0 if window is None else (age >= 0) & (age < window)
-        else:
+        elif window is not None:
             seen = age.abs() < window
     if key_segment is not None and query_segment is not None:
         same = query_segment[:, :, None] == key_segment[:, None, :]
@@ -156,7 +156,7 @@ def attention(
     })
     if (key_segment is None) != (query_segment is None):
         raise ValueError("attention: key_segment and query_segment come together")
-    scale = d**-0.5 if scale is None else scale
+    scale = float(d**-0.5) if scale is None else scale
     grouped = Hq != k.shape[1]
     masks = (key_position, query_position, key_segment, query_segment, key_valid)
     plain = key_bias is None and all(m is None for m in masks)

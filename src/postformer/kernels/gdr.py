@@ -3,7 +3,7 @@ rule and all their gated, multi-step and lagged forms."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ RECURRENT_UP_TO = 3
 """Below this many tokens one chunk costs more than its tokens taken one by one."""
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     raise ValueError(f"gdr: {message}")
 
 
@@ -27,7 +27,8 @@ def _check(q, g, w, e, u, k_add, v_add, state, reset, chunk, emit) -> tuple[int,
     B, H, T, dk = q.shape
     if T < 1:
         _fail("q has no tokens; call it with T >= 1")
-    if w is None and k_add is None:
+    first = w if w is not None else k_add
+    if first is None:
         _fail("nothing is ever written; give w and e (delta rule), or k_add and v_add (additive write), or both")
     if (w is None) != (e is None):
         _fail("w and e come together; to write without erasing use k_add and v_add")
@@ -35,7 +36,6 @@ def _check(q, g, w, e, u, k_add, v_add, state, reset, chunk, emit) -> tuple[int,
         _fail("u is the target of the erase and needs w and e; to write it additively pass it as v_add")
     if (k_add is None) != (v_add is None):
         _fail("k_add and v_add come together")
-    first = w if w is not None else k_add
     rows = first.shape[2] if first.ndim == 4 else 0
     if rows == 0 or rows % T:
         _fail(f"writes of shape {tuple(first.shape)} for {T} tokens; give [B, H, R*T, dk] with R >= 1 rows per token")
@@ -141,7 +141,8 @@ def gdr(
     scale = settings.current().decay_scale
     if g is not None and scale != 1.0:
         g = g * scale
-    q, g, w, e, u, k_add, v_add = (None if x is None else x.to(dtype) for x in (q, g, w, e, u, k_add, v_add))
+    q = q.to(dtype)
+    g, w, e, u, k_add, v_add = (None if x is None else x.to(dtype) for x in (g, w, e, u, k_add, v_add))
     S = q.new_zeros(B, H, dk, dv) if state is None else state.to(dtype)
     backend = settings.choose(backend)
     flags = (micro, erase_before_decay, read_before_update)
@@ -154,7 +155,10 @@ def gdr(
     return (o, S) if emit is None else (o, S, emitted)
 
 
-def _parallel(q, g, writes, S, reset, flags, chunk, emit):
+Writes = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _parallel(q, g, writes: Writes, S, reset, flags: tuple[int, bool, bool], chunk: int, emit: int | None):
     """Chunks that start wherever a state is to be emitted, or else one call for each emitted state."""
     T, micro = q.shape[2], flags[0]
     dv = S.shape[-1]
@@ -166,6 +170,7 @@ def _parallel(q, g, writes, S, reset, flags, chunk, emit):
         C = C if emit >= T else min(C, common)
         o, last, states = gdr_chunked(q, g, *writes, S, reset, *flags, C)
         return o, last, states[:: max(1, emit // C)].transpose(0, 1) if emit < T else states[:1].transpose(0, 1)
+    w, e, u, k, v = writes
     out, emitted = [], []
     for t in range(0, T, emit):
         stop = min(t + emit, T)
@@ -175,8 +180,8 @@ def _parallel(q, g, writes, S, reset, flags, chunk, emit):
             return None if x is None else x[:, :, t * n : stop * n]
 
         o, S, _ = gdr_chunked(
-            cut(q), cut(g), *(cut(x, micro) for x in writes), S, None if reset is None else reset[:, t:stop],
-            *flags, _tokens_per_chunk(stop - t, micro, chunk, q, dv),
+            q[:, :, t:stop], cut(g), cut(w, micro), cut(e, micro), cut(u, micro), cut(k, micro), cut(v, micro), S,
+            None if reset is None else reset[:, t:stop], *flags, _tokens_per_chunk(stop - t, micro, chunk, q, dv),
         )
         out.append(o)
     return torch.cat(out, 2), S, torch.stack(emitted, 1)

@@ -59,7 +59,7 @@ def gdr_chunked(
             e = e.masked_fill(cut[..., None] & first[:, None], 0.0).flatten(2, 3)
     pad, flags = (-T) % C, (R, erase_before_decay, read_before_update)
     if pad:  # with identity tokens
-        q, g = (None if x is None else F.pad(x, (0, 0, 0, pad)) for x in (q, g))
+        q, g = F.pad(q, (0, 0, 0, pad)), None if g is None else F.pad(g, (0, 0, 0, pad))
         w, e, u, k_add, v_add = (None if x is None else F.pad(x, (0, 0, 0, pad * R)) for x in (w, e, u, k_add, v_add))
     chunks = HeadChunks if g is None or g.shape[-1] == 1 else ChannelChunks
     o, last, S = chunks.apply(q, g, w, e, u, k_add, v_add, state, C, *flags)
