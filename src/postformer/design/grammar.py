@@ -127,22 +127,22 @@ class Model(Design):
         return use if isinstance(use, Design) else self.mixers[use]
 
     def canonical(self) -> dict[str, Any]:
-        """The design with everything inlined and filled in: equal for two spellings of one architecture."""
+        """The design with names inlined and defaults left out: equal for two spellings of one architecture, and
+        unchanged when a later grammar adds a field whose default means what was meant before."""
         called = [s.use for name in self.stack for s in self.layers[name] if isinstance(s.use, str)]
         shared = {name: str(i) for i, name in enumerate(n for n in dict.fromkeys(called) if n in self.shared)}
 
         def sub(s: Sublayer) -> dict[str, Any]:
-            d = s.dump()
-            d["norm"] = d["norm"] or self.norm.dump()
-            if isinstance(s.use, str):
-                d["use"] = {"shared": shared[s.use]} if s.use in self.shared else self.mixers[s.use].dump()
-            return d
-        d = self.dump()
-        d["shared"] = {i: {"layer": [sub(s) for s in self.shared[n].layer], "copies": self.shared[n].copies}
-                       for n, i in shared.items()}
+            use = {"shared": shared[s.use]} if isinstance(s.use, str) and s.use in shared else \
+                self.mixer_of(s.use).essence()
+            return {**s.essence(), "norm": (s.norm or self.norm).essence(), "use": use}
+
+        d = {k: v for k, v in self.essence().items() if k not in ("mixers", "layers", "norm", "shared")}
+        if shared:
+            d["shared"] = {i: {"layer": [sub(s) for s in self.shared[n].layer], "copies": self.shared[n].copies}
+                           for n, i in shared.items()}
         d["stack"] = [[sub(s) for s in self.layers[name]] for name in self.stack]
-        d["stack_norm"] = d["stack_norm"] or d["norm"]
-        del d["mixers"], d["layers"], d["norm"]
+        d["stack_norm"] = (self.stack_norm or self.norm).essence()
         return d
 
 
@@ -159,7 +159,7 @@ class Recipe(Design):
     @property
     def id(self) -> str:
         """sha256 of the canonical JSON of the architecture (name and comments do not count)."""
-        text = json.dumps({"version": self.version, **self.model.canonical()}, sort_keys=True, separators=(",", ":"))
+        text = json.dumps(self.model.canonical(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def cost(self) -> Any:
