@@ -48,7 +48,8 @@ def test_missing_and_empty_data(cli, tmp_path):
 
 def test_corpus_shorter_than_a_sequence(cli, tmp_path):
     (tmp_path / "short.txt").write_text("a few\nwords\nonly\n" * 12)
-    one_line(cli("train", "transformer", *TINY, "--data", "short.txt", *SMALL, "-s", "train.length=4096"), 2, "4,096", "larger corpus")
+    done = cli("train", "transformer", *TINY, "--data", "short.txt", *SMALL, "-s", "train.length=4096")
+    one_line(done, 2, "4,096", "larger corpus")
 
 
 def test_wrong_training_setting(cli, text):

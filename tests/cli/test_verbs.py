@@ -24,7 +24,8 @@ def _seconds(command):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys, postformer.cli.main; print([m for m in ('torch', 'numpy', 'pydantic', 'yaml') if m in sys.modules])"
+    code = ("import sys, postformer.cli.main;"
+            "print([m for m in ('torch', 'numpy', 'pydantic', 'yaml') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

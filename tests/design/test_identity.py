@@ -167,7 +167,8 @@ def test_a_field_that_a_later_grammar_adds_changes_no_id(monkeypatch):
         added: int = 0
 
     ids = []
-    for design, given in ((BeforeDesign, {}), (AfterDesign, {}), (AfterDesign, {"added": 0}), (AfterDesign, {"added": 1})):
+    grown = [(AfterDesign, given) for given in ({}, {"added": 0}, {"added": 1})]
+    for design, given in [(BeforeDesign, {}), *grown]:
         mixer = register(design)(type("Grown", (Mixer,), {}))
         monkeypatch.setitem(registry._classes, "grown", mixer)
         data = {"name": "x", "model": {"width": 32, "memory": {"kind": "grown", **given}, "num_layers": 1}}

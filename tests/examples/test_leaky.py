@@ -13,7 +13,7 @@ from postformer.verify import verify
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-@pytest.fixture()
+@pytest.fixture
 def leaky():
     spec = importlib.util.spec_from_file_location("leaky", EXAMPLES / "leaky.py")
     module = importlib.util.module_from_spec(spec)

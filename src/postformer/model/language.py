@@ -100,7 +100,7 @@ class LanguageModel(nn.Module):
 
     def hidden(self, tokens: Tensor, ctx: Context | None = None, *, select: Tensor | None = None
                ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """(what `logits` takes: [B, T, width] or [N, width]; auxiliary losses), for losses that take logits in parts."""
+        """(what `logits` takes, [B, T, width] or [N, width]; auxiliary losses): for logits taken in parts."""
         out, _ = self.run(self.embed(tokens), None, ctx)
         return out.y if select is None else out.y[select], out.losses
 
