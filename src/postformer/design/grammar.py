@@ -64,6 +64,8 @@ class Embedding(Design):
     tie: bool = True
     scale: float | Literal["sqrt-width"] = 1.0
     norm: AnyNorm = Norm(kind="none")
+    position: Literal["none", "sinusoidal"] = "none"
+    """sinusoidal: sines and cosines of the position are added (1706.03762)"""
 
 
 class Head(Design):

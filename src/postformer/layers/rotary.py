@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoPE, 2104.09864), computed from per-row positions in fp32."""
+"""Positions as sines and cosines: rotary (RoPE, 2104.09864) and added (1706.03762), from per-row positions in fp32."""
 
 from __future__ import annotations
 
@@ -25,3 +25,11 @@ def rotary(x: Tensor, position: Tensor, base: float = 10000.0, dim: int | None =
         a, b = turned.chunk(2, -1)
         out = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
     return torch.cat([out, kept], -1) if kept.shape[-1] else out
+
+
+def sinusoidal(position: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """position [B, T] -> [B, T, width]: channel 2i holds sin(p / 10000^(2i / width)), channel 2i + 1 its cosine."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    freq = 10000.0 ** (-torch.arange(0, width, 2, dtype=wide, device=position.device) / width)
+    angle = position.to(wide)[..., None] * freq
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)[..., :width].to(dtype)

@@ -13,6 +13,7 @@ from postformer.contract.mixer import Out
 from postformer.contract.state import State
 from postformer.design.grammar import Model
 from postformer.layers.norm import make_norm
+from postformer.layers.rotary import sinusoidal
 from postformer.model.site import Ledger, Role
 from postformer.model.stack import Stack
 
@@ -125,6 +126,9 @@ class LanguageModel(nn.Module):
         else:
             step = 1 if ctx.valid is None else ctx.valid[:, -1].long()
             following = ctx.position[:, -1] + step
+        assert ctx.position is not None
+        if self.design.embedding.position == "sinusoidal":
+            x = x + sinusoidal(ctx.position, self.design.width, x.dtype)
         if ctx.valid is not None:
             x = x.masked_fill(~ctx.valid[..., None], 0)
         out = self.stack(x, state.stack, ctx)

@@ -119,14 +119,14 @@ def swiglu(w: Weights, x: Tensor, here: Here) -> Tensor:
 
 
 def model_loop(w: Weights, tokens: Sequence[int], layers: Sequence[Sequence[Branch]], norm: NormOf, *,
-               embed: Callable[[Tensor], Tensor] = lambda x: x,
+               embed: Callable[[Tensor], Tensor] = lambda x: x, added: Callable[[int], Tensor | float] = lambda t: 0.0,
                logits: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
     """Logits [T, vocab]: every token through every layer before the next token is looked at."""
     memories = [[{} for _ in branches] for branches in layers]
     head = "head.weight" if w.has("head.weight") else "embedding.weight"
     rows = []
     for t, token in enumerate(tokens):
-        x, left = embed(w("embedding.weight")[token]), {}
+        x, left = embed(w("embedding.weight")[token]) + added(t), {}
         for i, branches in enumerate(layers):
             for j, branch in enumerate(branches):
                 s = w.at(f"stack.layers.{i}.sublayers.{j}")

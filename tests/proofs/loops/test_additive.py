@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from loops_plain import (
     Here,
@@ -45,8 +47,14 @@ def mlp(w: Weights, x: Tensor, here: Here) -> Tensor:
 
 
 def test_linear_attention(record_proof):
+    def positions(t: int) -> Tensor:
+        """1706.03762, section 3.5."""
+        each = [(math.sin, math.cos)[i % 2](t / 10000 ** ((i - i % 2) / 32)) for i in range(32)]
+        return torch.tensor(each, dtype=torch.float64)
+
     prove(record_proof, "linear-attention", "2006.16236", model_of("linear-attention", HEADS),
-          lambda w, tokens: model_loop(w, tokens, [[linear_attention, mlp]] * 2, layer_norm()))
+          lambda w, tokens: model_loop(w, tokens, [[linear_attention, mlp]] * 2, layer_norm(1e-5),
+                                       embed=lambda x: x * 32**0.5, added=positions))
 
 
 def retention(w: Weights, x: Tensor, here: Here) -> Tensor:
