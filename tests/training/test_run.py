@@ -16,6 +16,7 @@ from postformer.task import TaskError, load
 from postformer.training import (
     Diverged,
     Interrupted,
+    OutOfMemory,
     RunExists,
     TrainConfig,
     TrainingError,
@@ -32,6 +33,7 @@ from postformer.training import (
     train_language,
     train_task,
 )
+from postformer.training.memory import available_memory
 
 
 class FakeDesign(Design):
@@ -245,3 +247,79 @@ def test_seeds_give_different_runs_and_the_same_seed_the_same(tmp_path, corpus):
         weights.append(checkpoint.read_tensors(tmp_path / name / "checkpoints" / "step-6" / "model.safetensors")[0])
     assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
     assert not torch.equal(weights[0]["inner.weight"], weights[2]["inner.weight"])
+
+
+class UndeclaredDesign(Design):
+    kind: Literal["fake-undeclared"] = "fake-undeclared"
+
+
+@design.register(UndeclaredDesign)
+class Undeclared(Mixer):
+    """Its author declared no cost."""
+
+
+def test_a_memory_that_declares_no_cost_trains_and_is_recorded(tmp_path, corpus):
+    made = design.load({"name": "mine", "model": {"width": 16, "memory": {"kind": "fake-undeclared"}}})
+    result = train_language(made, corpus, config(), tmp_path / "run", progress="quiet")
+    assert result == read_result(tmp_path / "run")
+    assert (result.status, result.flops_per_token, result.state_bytes) == ("finished", None, None)
+    assert result.params == sum(p.numel() for p in FakeModel().parameters())
+
+
+def test_trouble_with_the_record_does_not_hide_why_a_run_ended(tmp_path, corpus, monkeypatch):
+    class Interrupting(FakeModel):
+        def forward(self, *args, **kwargs):
+            raise Interrupted("stopped", "resume")
+
+    def broken(*args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(run, "build_model", lambda r, seed: Interrupting())
+    monkeypatch.setattr(run, "_result", broken)
+    with pytest.raises(Interrupted):
+        train_language(recipe(), corpus, config(), tmp_path / "run", progress="quiet")
+
+
+def test_a_design_too_large_for_the_memory_is_refused_before_anything_is_allocated(tmp_path, corpus, monkeypatch):
+    def build(recipe, seed):
+        raise AssertionError("built")
+
+    monkeypatch.setattr(run, "build_model", build)
+    monkeypatch.setattr("postformer.training.memory.available_memory", lambda device: 159)
+    for act in (lambda: plan(recipe(), corpus_source(corpus, config()), config()),
+                lambda: train_language(recipe(), corpus, config(), tmp_path / "run", progress="quiet")):
+        with pytest.raises(OutOfMemory, match="parameters") as caught:
+            act()
+        assert "--width" in caught.value.remedy
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_of_memory_while_building(corpus, monkeypatch):
+    def build(recipe, seed):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")
+
+    monkeypatch.setattr(run, "build_model", build)
+    with pytest.raises(OutOfMemory, match="out of memory"):
+        plan(recipe(), corpus_source(corpus, config()), config())
+
+
+def test_what_memory_is_available_is_known_here():
+    assert available_memory(torch.device("cpu")) > 2**20
+
+
+def test_the_model_of_a_directory_without_a_run(tmp_path):
+    for folder, words in ((tmp_path / "nowhere", "no directory"), (tmp_path, "holds no run")):
+        with pytest.raises(TrainingError, match=words):
+            load_run(folder)
+
+
+def test_a_training_that_is_stopped_says_so_once(tmp_path, corpus, monkeypatch, capsys):
+    class Interrupting(FakeModel):
+        def forward(self, *args, **kwargs):
+            raise Interrupted("stopped by hand", "resume")
+
+    monkeypatch.setattr(run, "build_model", lambda r, seed: Interrupting())
+    with pytest.raises(Interrupted):
+        train_language(recipe(), corpus, config(), tmp_path / "run", progress="plain")
+    assert "stopped by hand" not in capsys.readouterr().err  # the error says it; the log keeps it
+    assert "stopped by hand" in (tmp_path / "run" / "train.log").read_text()

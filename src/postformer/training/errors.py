@@ -6,7 +6,8 @@ from __future__ import annotations
 class TrainingError(RuntimeError):
     """A run stopped. `message` says what happened, `remedy` what to do about it, `exit_code` what a command returns."""
 
-    exit_code = 1
+    exit_code = 2
+    """What has no class of its own here is wrong input: a directory that holds no run, data that has changed, ..."""
 
     def __init__(self, message: str, remedy: str) -> None:
         super().__init__(f"{message}\n{remedy}")

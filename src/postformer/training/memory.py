@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from postformer.training.config import TrainConfig
 from postformer.training.errors import OutOfMemory
 
 PHRASES = ("not enough memory", "can't allocate memory", "cannot allocate memory", "out of memory")
+BYTES_PER_PARAMETER = 16
+"""float32: the weight, its gradient and the two moments of the optimiser."""
 
 
 def reset_peak(device: torch.device) -> bool:
@@ -43,6 +46,32 @@ def peak_memory(device: torch.device) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be taken on the device; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        # What the kernel could hand out, its file cache included; the free pages of sysconf leave that cache out.
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows; a system without these names
+        return None
+
+
+def check_memory(params: int, device: torch.device) -> None:
+    """Raises OutOfMemory where weights, gradients and the optimiser alone cannot fit: before anything is allocated,
+    because a system that overcommits would end the process without a word."""
+    needed, there = params * BYTES_PER_PARAMETER, available_memory(device)
+    if there is not None and needed > there:
+        raise OutOfMemory(
+            f"the design has {params:,} parameters: weights, gradients and optimiser take {needed / 2**30:,.1f} GiB, "
+            f"and {there / 2**30:,.1f} GiB of memory are available ({device.type}).",
+            "Take a smaller design (--width, --layers; `postformer explain` tells its parameters) or a machine with "
+            "more memory.")
 
 
 @contextlib.contextmanager

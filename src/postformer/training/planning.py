@@ -61,7 +61,7 @@ def plan(recipe: Recipe, source: Source, config: TrainConfig) -> Plan:
     source: of `corpus_source` or `task_source`. Raises OutOfMemory if even that does not fit.
     """
     run.check_vocabulary(recipe, source.vocab)
-    return plan_model(run.build_model(recipe, config.seed).to(run.device_of(config)), source.batch_at, config)
+    return plan_model(run.initial_model(recipe, config), source.batch_at, config)
 
 
 def plan_model(model: nn.Module, batch_at, config: TrainConfig) -> Plan:

@@ -54,9 +54,11 @@ class Progress:
             if self.mode == "plain":
                 print(text, file=self.stream, flush=True)
 
-    def note(self, text: str) -> None:
-        """A message outside the sequence of steps."""
+    def note(self, text: str, shown: bool = True) -> None:
+        """A message outside the sequence of steps. shown False: for the log only."""
         self._log(text)
+        if not shown:
+            return
         if self.bar is not None:
             self.bar.console.print(text, markup=False, highlight=False)
         elif self.mode == "plain":

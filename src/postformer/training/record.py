@@ -25,6 +25,7 @@ RUN, RESULT, RECIPE = "run.json", "result.json", "recipe.yaml"
 FORMAT = 1
 INCIDENTAL = ("threads", "device", "time_limit", "checkpoint_every")
 """Fields of TrainConfig in which two sessions of one run may differ."""
+NO_RUN = "Give the directory that training printed and wrote to."
 
 
 class Result(Config):
@@ -127,15 +128,21 @@ def claim(directory: Path, recipe: Recipe, run: dict[str, Any], resume: bool) ->
     return run
 
 
+def check_run(directory: Path) -> None:
+    """Raises TrainingError if the directory holds no run."""
+    if not directory.is_dir():
+        raise TrainingError(f"there is no directory {directory}.", NO_RUN)
+    if not (directory / RUN).exists():
+        raise TrainingError(f"{directory} holds no run: there is no {RUN}.", NO_RUN)
+
+
 def read_run(directory: Path) -> dict[str, Any]:
-    """run.json. Raises RunExists-free TrainingError if there is none or it cannot be read."""
+    """run.json. Raises TrainingError if there is none or it cannot be read."""
+    check_run(directory)
     file = directory / RUN
     try:
         run = json.loads(file.read_text(encoding="utf-8"))
         TrainConfig.model_validate(run["config"])
-    except FileNotFoundError:
-        raise TrainingError(f"{directory} holds no run: there is no {RUN}.",
-                            "Give the directory that training printed and wrote to.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{file} cannot be read: {error}.", "The run cannot be resumed; its checkpoints' weights "
                             "can still be loaded with recipe.yaml.") from error

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from postformer.data import Batches, Corpus, load_corpus
-from postformer.design import Recipe
+from postformer.design import Cost, DesignError, Recipe
 from postformer.objective import Batch, NextToken
 from postformer.task import Setting, Task, seeded, setting_name
 from postformer.task import load as load_named_task
@@ -29,7 +29,7 @@ from postformer.training.config import TrainConfig
 from postformer.training.errors import Diverged, Interrupted, TrainingError
 from postformer.training.evaluate import evaluate_split, evaluate_task
 from postformer.training.files import Lock, space_needed, write_json
-from postformer.training.memory import peak_memory
+from postformer.training.memory import check_memory, out_of_memory, peak_memory
 from postformer.training.record import RESULT, Result
 from postformer.training.trainer import Outcome, Trainer
 
@@ -113,6 +113,7 @@ def load_run(directory: str | Path, step: int | None = None) -> tuple[Recipe, nn
     Raises CheckpointError or TrainingError if there is none.
     """
     directory = Path(directory)
+    record.check_run(directory)
     recipe = record.read_recipe(directory)
     found = checkpoint.steps(directory / "checkpoints")
     if not found:
@@ -178,6 +179,28 @@ def build_model(recipe: Recipe, seed: int) -> nn.Module:
     return build(recipe.model, seed=seed)
 
 
+def initial_model(recipe: Recipe, config: TrainConfig) -> nn.Module:
+    """`build_model` on the device of a run. Raises OutOfMemory, if possible before anything is allocated."""
+    device = device_of(config)
+    check_size(recipe, device)
+    with out_of_memory(config):
+        return build_model(recipe, config.seed).to(device)
+
+
+def check_size(recipe: Recipe, device: torch.device) -> None:
+    """Raises OutOfMemory for a design that is known not to fit."""
+    if (cost := declared_cost(recipe)) is not None:
+        check_memory(cost.params, device)
+
+
+def declared_cost(recipe: Recipe) -> Cost | None:
+    """The cost of a design; None where the class of one of its memories declares none (which it need not)."""
+    try:
+        return recipe.cost()
+    except DesignError:
+        return None
+
+
 def device_of(config: TrainConfig) -> torch.device:
     """auto: a CUDA GPU if there is one, else the CPU. Raises ValueError for a device that is not there."""
     if config.device == "auto":
@@ -202,6 +225,7 @@ def _is_int(value: Any) -> bool:
 def _run(recipe: Recipe, source: Source, config: TrainConfig, directory: Path, progress: str, resume: bool) -> Result:
     check_vocabulary(recipe, source.vocab)
     device = device_of(config)
+    check_size(recipe, device)  # before the directory is claimed for a run that cannot begin
     config = config.model_copy(update={"threads": config.threads or torch.get_num_threads(), "device": device.type})
     fresh = not (directory / record.RUN).exists()
     run = record.claim(directory, recipe, record.describe_run(recipe, config, source.data, device), resume)
@@ -210,7 +234,7 @@ def _run(recipe: Recipe, source: Source, config: TrainConfig, directory: Path, p
         if not fresh:
             old = TrainConfig.model_validate(run["config"])
             config = config.model_copy(update={"threads": old.threads})
-        model = build_model(recipe, config.seed).to(device)
+        model = initial_model(recipe, config)
         trainer = Trainer(
             model, NextToken(), source.batch_at, config, directory=directory, evaluate=source.evaluate,
             bytes_per_token=source.bytes_per_token, progress=progress, identity=record.identity(run),
@@ -232,7 +256,7 @@ def _finish(trainer: Trainer, recipe: Recipe, source: Source, directory: Path) -
         kinds = {Interrupted: "interrupted", KeyboardInterrupt: "interrupted", Diverged: "diverged"}
         status = kinds.get(type(error), "failed")
         reason = error.message if isinstance(error, TrainingError) else f"{type(error).__name__}: {error}"
-        with contextlib.suppress(OSError, TrainingError):  # the error on its way says more
+        with contextlib.suppress(Exception):  # the error on its way says more, whatever fails here
             _write(_result(trainer, recipe, source, directory, status, reason, None), directory)
         raise
     result = _result(trainer, recipe, source, directory, status, reason, outcome)
@@ -247,7 +271,7 @@ def _write(result: Result, directory: Path) -> None:
 
 def _result(trainer: Trainer, recipe: Recipe, source: Source, directory: Path, status: str, reason: str | None,
             outcome: Outcome | None) -> Result:
-    cost, position = recipe.cost(), trainer.position
+    cost, position = declared_cost(recipe), trainer.position
     last = trainer.metrics.last if trainer.metrics else None
     return Result(
         name=recipe.name, recipe_id=recipe.id, seed=trainer.config.seed, status=status,  # type: ignore[arg-type]

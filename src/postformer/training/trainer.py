@@ -175,7 +175,7 @@ class Trainer:
                         progress.note(f"time limit of {limit:g} s reached at step {step} of {self.steps}")
                         break
         except TrainingError as error:
-            progress.note(f"{type(error).__name__}: {error}")
+            progress.note(f"{type(error).__name__}: {error}", shown=False)  # whoever catches the error shows it
             raise
         finally:
             torch.set_num_threads(threads)
