@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,23 +50,26 @@ class Architecture:
 
     def train(self, data: str = "stdlib", directory: str | Path | None = None, *, resume: bool = False,
               progress: str = "auto", **settings: Any) -> Run:
-        """Train on text (stdlib, enwik8, a file or directory). settings: fields of TrainConfig, e.g. tokens=2_000_000.
+        """Train on text (stdlib, enwik8, a file or directory) or on task:NAME. settings: fields of TrainConfig, e.g.
+        tokens=2_000_000; defaults as those of the command line.
 
         directory: of the run; default runs/NAME-DATA. resume: continue if it already holds this run.
         """
-        from postformer.data import load_corpus
-        from postformer.training import TrainConfig, train_language
+        from postformer.training.work import configured, run_directory, work
 
-        if not {"steps", "tokens"} & set(settings):
-            settings["tokens"] = 2_000_000
-        where = Path(directory or Path("runs") / f"{self.name}-{Path(data).name}")
-        result = train_language(self.recipe, load_corpus(data), TrainConfig.model_validate(settings), where,
-                                progress=progress, resume=resume)
-        return Run(where, result)
+        config = configured(settings)
+        where = Path(directory or run_directory(self.name, data))
+        return Run(where, work(self.recipe, data).train(config, where, progress=progress, resume=resume))
 
     def __repr__(self) -> str:
+        from postformer.design import DesignError
+
         model = self.recipe.model
-        return f"<{self.name}: width {model.width}, {len(model.stack)} layers, {self.cost.params:,} params>"
+        try:
+            size = f"{self.cost.params:,} params"
+        except DesignError:  # a memory need not declare its cost
+            size = "cost not declared"
+        return f"<{self.name}: width {model.width}, {len(model.stack)} layers, {size}>"
 
 
 class Run:
@@ -80,15 +83,36 @@ class Run:
 
     def generate(self, prompt: str, tokens: int = 200, *, temperature: float = 0.8, top_p: float = 0.95,
                  seed: int = 0) -> str:
-        """The prompt and its continuation."""
+        """The prompt and its continuation; raises as `stream`."""
+        made = b"".join(self.stream(prompt, tokens, temperature=temperature, top_p=top_p, seed=seed))
+        return (prompt.encode("utf-8", "surrogateescape") + made).decode("utf-8", "replace")
+
+    def stream(self, prompt: str, tokens: int = 200, *, temperature: float = 0.8, top_p: float = 0.95,
+               seed: int = 0) -> Iterator[bytes]:
+        """The continuation, byte by byte as it is made.
+
+        Raises ValueError, before anything is made, for a run that was not trained on text and values out of range.
+        """
         import torch
 
-        from postformer.data.codec import decode, encode
-        from postformer.sampling import Policy, generate
+        from postformer.data.codec import VOCAB, decode_bytes, encode
+        from postformer.sampling import Policy, stream
+        from postformer.training import read_run
 
-        made = generate(self.model, encode(prompt)[None], Policy(temperature, top_p=top_p), tokens,
-                        generator=torch.Generator().manual_seed(seed))
-        return decode(made.tokens[0])
+        data, vocab = read_run(self.directory)["data"], self.recipe.model.vocab
+        if data["kind"] != "corpus":
+            raise ValueError(f"{self.directory} was trained on the task {data['name']}, not on text; "
+                             "generate needs a run that was trained on text")
+        if vocab != VOCAB:
+            raise ValueError(f"{self.directory} has a vocabulary of {vocab}, and text is made of {VOCAB} bytes: train "
+                             f"it with model.vocab={VOCAB} to generate text")
+        if not prompt:
+            raise ValueError("the prompt is empty; give at least one character")
+        if tokens < 1:
+            raise ValueError(f"tokens must be at least 1, not {tokens}")
+        policy, generator = Policy(temperature, top_p=top_p), torch.Generator().manual_seed(seed)
+        pieces = stream(self.model, encode(prompt)[None], policy, tokens, generator=generator)
+        return (decode_bytes(piece.token) for piece in pieces)
 
     def report(self, out: str | Path | None = None) -> Path:
         """One HTML page about the run."""

@@ -1,23 +1,16 @@
-"""What every verb shares: how results and errors are printed, overrides, and the exit codes.
-
-Exit codes: 0 done; 1 an error of our own; 2 wrong input (recipe, data, options, a directory in use); 3 the loss is not
-finite; 4 out of memory; 5 the disk is full; 6 a checkpoint cannot be read; 7 a check of `verify` failed; 130
-interrupted, after saving.
-"""
+"""What every verb shares: options, overrides, and how results are printed; `trouble` has the errors and exit codes."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
+import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-WRONG_INPUT, FULL, FAILED_CHECK, INTERRUPTED = 2, 5, 7, 130
+UNEXPECTED, WRONG_INPUT, FULL, FAILED_CHECK, INTERRUPTED = 1, 2, 5, 7, 130
 
 Width = Annotated[int | None, typer.Option("--width", help="Scale the design to this many channels.")]
 Layers = Annotated[int | None, typer.Option("--layers", help="Scale the design to this many layers.")]
@@ -28,83 +21,55 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results only."
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 
 
-def finish(result: dict[str, Any], as_json: bool) -> None:
-    """The machine's line, last on standard output."""
-    if as_json:
-        sys.stdout.flush()
-        print(json.dumps(result, default=str), flush=True)
-
-
 def split_overrides(items: Sequence[str] | None) -> tuple[list[str], dict[str, Any]]:
-    """(overrides of the design, nested mapping of those that begin with train.)."""
-    design, train = [], {}
+    """(overrides of the design, nested mapping of those that begin with train.). Raises DesignError."""
+    design, data = [], {"train": {}}
     for item in items or []:
         if not item.startswith("train."):
             design.append(item)
             continue
-        import yaml
+        from postformer.design.base import DesignError
+        from postformer.design.loading import override
 
-        path, _, text = item.removeprefix("train.").partition("=")
-        at = train
-        *parents, last = path.split(".")
-        for part in parents:
-            at = at.setdefault(part, {})
-        at[last] = yaml.safe_load(text)
-    return design, train
+        at, path = data, item.partition("=")[0].split(".")
+        for depth, part in enumerate(path[:-1]):
+            at = at.get(part, {})
+            if not isinstance(at, dict):
+                raise DesignError(f"an earlier override made this {at!r}, which has no fields; give one of the two",
+                                  path=".".join(path[: depth + 1]))
+        override(data, item)
+    return design, data["train"]
 
 
-def fail(message: str, code: int) -> None:
-    """One clear line on standard error, then out."""
+def plain(value: Any) -> Any:
+    """What JSON can say: a number that is not finite becomes null, what is no JSON becomes text."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def finish(result: dict[str, Any], as_json: bool) -> None:
+    """The machine's line, last on standard output."""
+    if as_json:
+        print(json.dumps(plain(result), allow_nan=False), flush=True)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """One clear line on standard error, the same in JSON if that was asked for, then out."""
     text = " ".join(str(message).split())
     print(f"postformer: {text}", file=sys.stderr, flush=True)
+    failed(text, code)
     raise SystemExit(code)
 
 
-@contextmanager
-def guarded() -> Iterator[None]:
-    """Errors a user can meet become one line with the remedy and a documented exit code; ours keep their trace."""
-    try:
-        yield
-    except (SystemExit, typer.Exit):
-        raise
-    except KeyboardInterrupt:
-        fail("interrupted", INTERRUPTED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
-    except OSError as e:
-        if e.errno == errno.ENOSPC:
-            fail(f"the disk is full ({e.filename or 'while writing'}). Free some space and run the same command again; "
-                 "what was saved before is intact.", FULL)
-        if isinstance(e, (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)):
-            fail(f"{e.filename}: {e.strerror}. Check the path.", WRONG_INPUT)
-        raise
-    except Exception as e:
-        code = getattr(e, "exit_code", None)
-        if code is None and isinstance(e, ValueError) and _is_ours(e):
-            code = WRONG_INPUT
-        if code is None:
-            print("postformer: this is an error of postformer's own; please report it with the trace below.",
-                  file=sys.stderr)
-            raise
-        fail(_plain(e), code)
-
-
-def _is_ours(error: ValueError) -> bool:
-    """Raised by postformer on purpose (its text is a remedy), or by pydantic about a configuration."""
-    if hasattr(error, "errors"):
-        return True
-    trace = error.__traceback__
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    return bool(trace) and "postformer" in trace.tb_frame.f_code.co_filename
-
-
-def _plain(error: Exception) -> str:
-    if hasattr(error, "errors") and not hasattr(error, "message"):
-        first = error.errors()[0]  # type: ignore[attr-defined]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first.get('input')!r})"
-    return str(error)
+def failed(text: str, code: int) -> None:
+    """The machine's line of a failure. The options may not have been read when it happens, so the words themselves are
+    looked at."""
+    finish({"error": text, "exit_code": code}, "--json" in sys.argv[1:])
 
 
 def number(value: float) -> str:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-
 import typer
 
-from postformer.cli import console
+from postformer.cli import trouble
 from postformer.cli.verbs import demo, doctor, explain, generate, listing, report, train, verify
 
 app = typer.Typer(
     name="postformer", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="A laboratory for what comes after the Transformer: describe, verify, train and compare architectures.",
-    epilog="Exit codes: 0 done, 2 wrong input, 3 not finite, 4 out of memory, 5 disk full, 6 bad checkpoint, "
-           "7 a check failed, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 an unexpected error, 2 wrong input, 3 not finite, 4 out of memory, 5 disk full, "
+           "6 bad checkpoint, 7 a check failed, 130 interrupted.",
 )
 app.command("demo")(demo.demo)
 app.command("list")(listing.list_)
@@ -27,6 +25,4 @@ app.command("doctor")(doctor.doctor)
 
 def main() -> None:
     """Entry point."""
-    with console.guarded():
-        app(prog_name="postformer")
-    sys.exit(0)
+    trouble.run(app)

@@ -72,6 +72,14 @@ def read_runs(directories: Sequence[str | Path]) -> list[RunFiles]:
     return runs
 
 
+def unreadable(directories: Sequence[str | Path]) -> dict[str, str]:
+    """Of several run directories, those that hold nothing to show: directory -> why."""
+    if len(directories) == 1:
+        return {}  # a demo's directory, or `runs_page` says what is wrong with the only one
+    runs = [read_run(d) for d in directories]
+    return {str(r.directory): r.problem or "it is empty" for r in runs if not (r.metrics or r.result)}
+
+
 def read_demo(directory: str | Path) -> dict[str, Any]:
     """demo.json, with each run's files attached under `files` and a run that lacks its numbers marked as failed.
 

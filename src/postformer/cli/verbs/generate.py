@@ -23,23 +23,13 @@ def generate(
     """Continue a prompt, carrying the state: nothing is computed twice, and a constant state stays constant."""
     import time
 
-    import torch
+    from postformer.api import Run
 
-    from postformer.data.codec import decode_bytes, encode
-    from postformer.sampling import Policy, stream
-    from postformer.training.run import load_run
-
-    if not prompt:
-        raise typer.BadParameter("the prompt is empty; give at least one character")
-    recipe, model = load_run(run)
-    if recipe.model.vocab != 256:
-        raise typer.BadParameter(f"{run} was trained on a task with {recipe.model.vocab} symbols, not on text")
-    generator = torch.Generator().manual_seed(seed)
+    pieces = Run(run).stream(prompt, tokens, temperature=temperature, top_p=top_p, seed=seed)
     start, made = time.perf_counter(), bytearray()
     sys.stdout.write(prompt)
     pending = b""
-    for piece in stream(model, encode(prompt)[None], Policy(temperature, top_p=top_p), tokens, generator=generator):
-        raw = decode_bytes(piece.token)
+    for raw in pieces:
         made += raw
         pending += raw
         try:

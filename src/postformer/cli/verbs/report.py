@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,12 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about runs: curves, costs, the commands that made them."""
     from postformer.report import render
+    from postformer.report.reading import unreadable
 
+    missing = unreadable(runs)
     page = render(runs if len(runs) > 1 else runs[0], out)
+    for directory, reason in missing.items():
+        print(f"postformer: warning: {directory} has nothing to show: {reason}. The page lists it as failed.",
+              file=sys.stderr)
     print(f"report: {page}")
-    finish({"report": str(page)}, json)
+    finish({"report": str(page), "missing": list(missing)}, json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from postformer.cli.console import Device, Json, Layers, Quiet, Set, Width, fini
 
 
 def train(
+    context: typer.Context,
     recipe: Annotated[str | None, typer.Argument(help="A recipe's name or file; none with --resume.")] = None,
     data: Annotated[str, typer.Option(help="stdlib, enwik8, a file, a directory, or task:NAME.")] = "stdlib",
     out: Annotated[Path | None, typer.Option(help="Run directory; default runs/NAME-DATA.")] = None,
@@ -22,52 +24,50 @@ def train(
     device: Device = "auto", quiet: Quiet = False, json: Json = False,
 ) -> None:
     """Train a recipe. -s train.FIELD=VALUE sets the training (batch_size, length, optimiser.learning_rate, ...)."""
+    if resume is not None:
+        _alone(context, resume)
+    elif recipe is None:
+        raise typer.BadParameter("name a recipe; `postformer list` shows them")
+    design, settings = split_overrides(set_)
+    count = _count(tokens)
     import torch
 
     from postformer.design import load
-    from postformer.training import TrainConfig
+    from postformer.training import plan
     from postformer.training import resume as resume_run
-    from postformer.training.planning import plan
-    from postformer.training.run import corpus_source, task_source, train_language, train_task
+    from postformer.training.work import configured, run_directory, work
 
     torch.set_float32_matmul_precision("high")
     progress = "quiet" if quiet else "auto"
     if resume is not None:
         _report(resume_run(resume, progress=progress), resume, json)
         return
-    if recipe is None:
-        raise typer.BadParameter("name a recipe; `postformer list` shows them")
-    design, settings = split_overrides(set_)
-    task = data.removeprefix("task:") if data.startswith("task:") else None
-    loaded_task = None
-    if task is not None:
-        from postformer.task import load as load_task
-
-        loaded_task = load_task(task)
-        if not any(o.startswith("model.vocab=") for o in design):
-            design.append(f"model.vocab={loaded_task.vocab}")
+    assert recipe is not None
     made = load(recipe, design, width, layers)
     if "steps" not in settings:
-        settings.setdefault("tokens", _count(tokens))
-    config = TrainConfig.model_validate({"device": device, "checkpoint_every": 200, "evaluate_every": 200} | settings)
-    where = out or Path("runs") / f"{made.name}-{Path(data.replace('task:', '')).name}"
-    if task is not None:
-        if dry_run:
-            _plan(plan(made, task_source(task, None, config, None), config), json)
-            return
-        result = train_task(made, task, None, config, where, progress=progress)
-    else:
-        from postformer.data import load_corpus
+        settings.setdefault("tokens", count)
+    config = configured({"device": device} | settings)
+    job = work(made, data)
+    if job.corpus is not None and not quiet:
+        corpus = job.corpus
+        print(f"{corpus.name}: {len(corpus.train):,} bytes to train on, {len(corpus.validation):,} to validate; "
+              f"{corpus.licence}")
+    if dry_run:
+        _plan(plan(job.recipe, job.source(config), config), json)
+        return
+    where = out or run_directory(made.name, data)
+    _report(job.train(config, where, progress=progress), where, json)
 
-        corpus = load_corpus(data)
-        if not quiet:
-            print(f"{corpus.name}: {len(corpus.train):,} bytes to train on, {len(corpus.validation):,} to validate; "
-                  f"{corpus.licence}")
-        if dry_run:
-            _plan(plan(made, corpus_source(corpus, config), config), json)
-            return
-        result = train_language(made, corpus, config, where, progress=progress)
-    _report(result, where, json)
+
+def _alone(context: typer.Context, resume: Path) -> None:
+    """A run is continued as it was begun: what else is asked for would be ignored, so it is refused."""
+    beside = {"resume", "quiet", "json"}
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.name not in beside and source is not None and source.name == "COMMANDLINE":
+            said = option.opts[-1] if option.opts[-1].startswith("-") else f"the recipe {context.params[option.name]}"
+            raise typer.BadParameter(f"{said} cannot be given with --resume: the run in {resume} goes on as it was "
+                                     "begun. Leave it out, or start a new run in another directory without --resume")
 
 
 def _count(text: str) -> int:
@@ -77,8 +77,8 @@ def _count(text: str) -> int:
         value = float(text[:-1]) * scale if scale else float(text)
     except ValueError:
         raise typer.BadParameter(f"--tokens is {text!r}; write a number such as 500000, 500k or 2M") from None
-    if value < 1:
-        raise typer.BadParameter("--tokens must be at least 1")
+    if not 1 <= value < math.inf:
+        raise typer.BadParameter(f"--tokens is {text!r}; it is a number from 1 on, such as 500000, 500k or 2M")
     return int(value)
 
 
