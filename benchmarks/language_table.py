@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,19 +32,22 @@ def train(out: Path, only: list[str]) -> None:
     corpus = load_corpus("stdlib")
     config = TrainConfig.model_validate(SETTINGS)
     for name in only or names():
-        if (out / name / "result.json").exists():
+        if finished(out / name):
             continue
         recipe = load(name, width=64, layers=8 if name in SINGLE else 4)
         result = train_language(recipe, corpus, config, out / name, progress="plain", resume=(out / name).exists())
         print(name, result.validation, flush=True)
 
 
+def finished(directory: Path) -> dict[str, Any] | None:
+    """The result of a run that is done."""
+    path = directory / "result.json"
+    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return result if result.get("status") == "finished" else None
+
+
 def table(out: Path) -> None:
-    rows = []
-    for name in names():
-        path = out / name / "result.json"
-        if path.exists():
-            rows.append((name, json.loads(path.read_text(encoding="utf-8"))))
+    rows = [(name, result) for name in names() if (result := finished(out / name))]
     scores = {name: r["validation"]["bits_per_byte"] for name, r in rows}
     median = statistics.median(scores.values())
     notes = json.loads(WHY.read_text(encoding="utf-8")) if WHY.exists() else {}

@@ -40,7 +40,7 @@ def test_narrow_cuts_tokens_and_publications_and_drops_emit():
     shared = {"v": torch.randn(2, 5, 3), "row": torch.randn(2, 5), "kv": listed}
     ctx = Context(position=token, valid=token > 3, boundary=BOUNDARY, tick=token / 10, emit=2, consume=True,
                   causal=False, shared=shared)
-    cut = ctx.narrow(1, 4)
+    cut = ctx.narrow(1, 4, ctx.position.shape[1])
     assert torch.equal(cut.position, token[:, 1:4])
     assert torch.equal(cut.boundary, BOUNDARY[:, 1:4])
     assert torch.equal(cut.valid, (token > 3)[:, 1:4])
@@ -49,7 +49,7 @@ def test_narrow_cuts_tokens_and_publications_and_drops_emit():
     assert (cut.emit, cut.consume, cut.causal) == (None, True, False)
     assert torch.equal(cut.shared["v"], shared["v"][:, 1:4])
     assert cut.shared["kv"] is listed
-    assert torch.equal(cut.shared["row"], shared["row"])
+    assert torch.equal(cut.shared["row"], shared["row"][:, 1:4])
     assert ctx.emit == 2
 
 

@@ -42,7 +42,7 @@ CASES = [
     ("kind: matrix", "kind: matrix\n      loss: dot", 9, "", ["'loss' is given twice"]),
     ("rate: sigmoid}\n      heads:\n        value: 4\n        dim_key: 16", "rate: sigmoid}\n      position: rope\n"
      "      heads:\n        value: 4\n        dim_key: 15", 6, "model.mixers.memory", ["15", "even"]),
-    ("parameterisation: hgrn", "parameterisation: hgrn, local: conv4", 17, "model.mixers.lru", ["set local: none"]),
+    ("parameterisation: hgrn", "parameterisation: hgrn, local: conv4", 17, "model.mixers.lru", ["leave it out"]),
     ("parameterisation: hgrn", "parameterisation: s5, dim_state: 3", 17, "model.mixers.lru", ["must be even"]),
     ("kind: swiglu", "kind: swiglu, activation: relu", 18, "model.mixers.feedforward", ["use kind: mlp"]),
     ("kind: swiglu", "kind: swiglu, expand: 2, dim_hidden: 8", 18, "model.mixers.feedforward", ["not both"]),

@@ -81,7 +81,7 @@ class Leaky(StepMemory):
     """h <- a h + (1 - a) i(x), token by token.
 
     Faults: int-state, python-counter, in-place, batch-mean, half, training, dropout, stray-vector, scalar-state,
-    wrong-params, wrong-state, wrong-flops, no-cost, zero-reset, mutates-input, grad-mode.
+    only-y, wrong-params, wrong-state, wrong-flops, no-cost, zero-reset, mutates-input, grad-mode.
     """
 
     def __init__(self, design: LeakyDesign, site: Any) -> None:
@@ -137,6 +137,8 @@ class Leaky(StepMemory):
         else:
             h = (a * h + (1 - a) * new).to(h.dtype)
         y = self.out(h.to(x.dtype))
+        if fault == "only-y":
+            return y
         if fault == "stray-vector":
             y = y * self.scale
         return y, (h, more[0] + 1) if more else h

@@ -47,6 +47,7 @@ def test_a_reset_gate_in_the_default_order_is_lost_at_a_token_that_does_not_exis
 
 
 # fault -> the checks that must fail, and how many others may (None: any number; the fault touches everything).
+BUILDS = "builds and runs"
 FAULTS = [
     ("delta", "no-reset", [PACKED, FORGOTTEN, PADDING], 0),
     ("scan", "no-reset", [PACKED, FORGOTTEN, PADDING], 0),
@@ -70,8 +71,8 @@ FAULTS = [
     ("scan", "emit-none", [EMITTED], 0),
     ("scan", "prefill-in-place", [STEPS, PIECES], None),
     ("scan", "says-stateless", [TRAITS], 0),
-    ("leaky", "int-state", [AGES, SAVED], None),
-    ("leaky", "scalar-state", [AGES, EMITTED, PADDING], None),
+    ("leaky", "int-state", [BUILDS], 0),
+    ("leaky", "scalar-state", [BUILDS], 0),
     ("leaky", "python-counter", [PURE, PIECES, STEPS, AGES], None),
     ("leaky", "in-place", [STEPS], None),
     ("leaky", "mutates-input", [PURE], 0),
@@ -85,7 +86,6 @@ FAULTS = [
     ("leaky", "wrong-params", [SIZES], 0),
     ("leaky", "wrong-state", [SIZES], 0),
     ("leaky", "wrong-flops", [FLOPS], 0),
-    ("leaky", "no-cost", [SIZES, FLOPS], 0),
     ("list", "uncut", [PACKED], 1),
     ("list", "reads-capacity", [STEPS, AGES], None),
     ("list", "keeps-padding", [PADDING], 0),
@@ -100,6 +100,19 @@ def test_a_planted_fault_is_found_by_the_check_about_it(planted, kind, fault, ch
     for words in checks:
         assert named(found, words), (words, found)
     assert others is None or len(found) <= len(checks) + others, found
+
+
+def test_a_cost_that_is_not_declared_is_said_and_no_fault(planted):
+    result = verify(planted("leaky", "no-cost"))
+    assert result.passed
+    notes = [r.note for r in result.results if r.passed is None]
+    assert sum("declares no cost" in note for note in notes) == 2
+
+
+def test_a_step_that_returns_no_pair_is_told(planted):
+    (line,) = verify(planted("leaky", "only-y")).results
+    assert line.passed is False
+    assert "Leaky.step must return (y [B, D_out], state), not Tensor" in line.note
 
 
 def test_a_reset_to_zero_of_a_learned_start_is_found(planted):

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from postformer.contract import fallback
 from postformer.contract.context import EMPTY, Context, gates
 from postformer.contract.mixer import Mixer, Out
 from postformer.contract.state import State
@@ -83,12 +85,14 @@ class AffineMemory(Mixer):
         return None
 
     def initial(self, batch: int, condition: Tensor | None = None) -> AffineState:
-        like = next(self.parameters())
+        like = next(self.parameters(), torch.empty(0))
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         memory = torch.zeros(batch, *self.shape, dtype=dtype, device=like.device)
         return AffineState(memory, self.initial_local(batch))
 
     def mix(self, x: Tensor, state: AffineState, ctx: Context) -> Out:
+        if ctx.emit and state.local is not None:
+            return fallback.by_pieces(self, x, state, ctx, replace(self.traits(self.design), native_emit=False))
         rule, local = self.rule(x, state.local, ctx)
         rule = gated(rule, ctx)
         o, memory, *emitted = gdr(

@@ -71,20 +71,22 @@ class Context:
         reset = self.reset(forget_at)
         return None if reset is None else reset.long().cumsum(1)
 
-    def narrow(self, start: int, stop: int) -> Context:
-        """The same context for tokens start..stop-1 of the call, publications cut to them; without emit."""
+    def narrow(self, start: int, stop: int, length: int) -> Context:
+        """The same context for tokens start..stop-1 of a call of `length` tokens. Publications with a time axis are
+        cut, emit is left out; `stores` and `inputs` pass whole."""
         cut = {
             name: None if (value := getattr(self, name)) is None else value[:, start:stop]
             for name in ("position", "valid", "boundary", "tick", "write")
         }
-        return replace(self, **cut, shared=narrow_shared(self.shared, start, stop), emit=None)
+        return replace(self, **cut, shared=narrow_shared(self.shared, start, stop, length), emit=None)
 
 
-def narrow_shared(shared: Mapping[str, Any], start: int, stop: int) -> Mapping[str, Any]:
-    """Publications for tokens start..stop-1: tensors [B, T, ...] are cut, everything else is passed as it is."""
-    return MappingProxyType(
-        {k: v[:, start:stop] if isinstance(v, Tensor) and v.ndim >= 3 else v for k, v in shared.items()}
-    )
+def narrow_shared(shared: Mapping[str, Any], start: int, stop: int, length: int) -> Mapping[str, Any]:
+    """Publications for tokens start..stop-1 of `length`: tensors [B, length, ...] are cut, the rest passes as it is."""
+    return MappingProxyType({
+        k: v[:, start:stop] if isinstance(v, Tensor) and v.ndim >= 2 and v.shape[1] == length else v
+        for k, v in shared.items()
+    })
 
 
 def gates(ctx: Context) -> tuple[Tensor | None, Tensor | None]:
@@ -97,3 +99,22 @@ def gates(ctx: Context) -> tuple[Tensor | None, Tensor | None]:
         return tick, write
     mask = valid.to(torch.get_default_dtype() if tick is None else tick.dtype)
     return mask if tick is None else tick * mask, mask if write is None else write * mask.to(write.dtype)
+
+
+def positions(start: Tensor, length: int, ctx: Context, forget_at: str = "document") -> tuple[Tensor, Tensor]:
+    """(position [B, T] of each token, position [B] of the token after the call), counted from start [B].
+
+    Invalid tokens do not count; a boundary of the level starts again at zero.
+    """
+    valid = torch.ones(start.shape[0], length, dtype=torch.long, device=start.device)
+    if ctx.valid is not None:
+        valid = ctx.valid.long()
+    before = valid.cumsum(1) - valid
+    reset = ctx.reset(forget_at)
+    if reset is None:
+        position = before + start[:, None]
+    else:
+        base = before.masked_fill(~reset, 0).cummax(1).values
+        first = reset.long().cumsum(1) == 0
+        position = before - base + torch.where(first, start[:, None], 0)
+    return position, position[:, -1] + valid[:, -1]

@@ -34,7 +34,7 @@ def by_pieces(mixer: Mixer, x: Tensor, state: states.State, ctx: Context, traits
     for start, stop in pairwise(edges):
         if ctx.emit and start % ctx.emit == 0:
             emitted.append(state)
-        piece = ctx.narrow(start, stop)
+        piece = ctx.narrow(start, stop, length)
         if reset is not None:
             piece = piece.replace(boundary=None)
             if bool(reset[:, start].any()):

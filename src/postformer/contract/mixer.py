@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from postformer.contract import fallback
 from postformer.contract.context import EMPTY, Context, gates
-from postformer.contract.state import State
+from postformer.contract.state import State, mismatch
 from postformer.design.base import Design
 from postformer.design.choices import Choices
 from postformer.design.cost import Cost
@@ -52,6 +52,22 @@ class Traits:
     publishes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     """Names of publications it needs in ctx.shared."""
+
+
+def joined(each: Sequence[Traits]) -> Traits:
+    """What several mixers together can do: what all of them can. A mixer without state has no say about gates."""
+    streaming = {t.streaming for t in each}
+    return Traits(
+        causal=all(t.causal for t in each),
+        two_way=all(t.two_way for t in each),
+        streaming="none" if "none" in streaming else "growing" if "growing" in streaming else "constant",
+        soft_gates=all(t.soft_gates for t in each if t.stateful),
+        native_reset=all(t.native_reset for t in each),
+        native_emit=all(t.native_emit for t in each),
+        stateful=any(t.stateful for t in each),
+        exact_gradients=all(t.exact_gradients for t in each),
+        reads=tuple(name for t in each for name in t.reads),
+    )
 
 
 class Site(Protocol):
@@ -142,6 +158,34 @@ class StepMemory(Mixer):
         reset = ctx.reset(self.forget_at)
         initial = None if reset is None else self.initial(x.shape[0])
         y, state, *emitted = sequential(
-            self.step, x, state, reset=reset, initial=initial, write=gates(ctx)[1], emit=ctx.emit
+            self._first_checked(), x, state, reset=reset, initial=initial, write=gates(ctx)[1], emit=ctx.emit
         )
         return Out(y, state, emitted=emitted[0] if emitted else None)
+
+    def _first_checked(self) -> Callable[[Tensor, State], tuple[Tensor, State]]:
+        """The author's step; what the first one of a call returns is held against the contract."""
+        name, checked = type(self).__name__, False
+
+        def step(x: Tensor, state: State) -> tuple[Tensor, State]:
+            nonlocal checked
+            if checked:
+                return self.step(x, state)
+            checked = True
+            try:
+                result = self.step(x, state)
+            except TypeError as e:
+                if state is not None:
+                    raise
+                raise TypeError(f"{name}.step was called with state None ({e}): define {name}.initial(batch) to "
+                                "return the state before the first token") from e
+            if not isinstance(result, tuple) or len(result) != 2:
+                raise TypeError(f"{name}.step must return (y [B, D_out], state), not {type(result).__name__}")
+            y, new = result
+            if not isinstance(y, Tensor) or y.ndim != 2 or y.shape[0] != x.shape[0]:
+                shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+                raise ValueError(f"{name}.step returned y of {shape} for {x.shape[0]} rows; it must be [B, D_out]")
+            if problem := mismatch(new, state, x.shape[0]):
+                raise ValueError(f"{name}.step and {name}.initial disagree about the state: {problem}")
+            return result
+
+        return step

@@ -115,3 +115,21 @@ def unflatten(tensors: dict[str, Tensor], like: State, prefix: str = "state") ->
     """Inverse of `flatten`: the saved leaves in the structure of `like` (sizes may differ in batch and capacity)."""
     remaining = iter(range(len(leaves(like))))
     return map_state(lambda _: tensors[f"{prefix}.{next(remaining)}"], like)
+
+
+def mismatch(new: State, old: State, batch: int) -> str | None:
+    """Why `new` cannot follow `old` as the state of `batch` rows: containers, shapes, batch axis. None: it can."""
+    if isinstance(old, Tensor) or isinstance(new, Tensor):
+        if not (isinstance(old, Tensor) and isinstance(new, Tensor)):
+            return f"{type(new).__name__} after {type(old).__name__}"
+        if new.ndim < 1 or new.shape[0] != batch:
+            return f"a leaf of shape {tuple(new.shape)} has not the batch ({batch}) on axis 0"
+        return None if new.shape == old.shape else f"a leaf of shape {tuple(new.shape)} after {tuple(old.shape)}"
+    if old is None or new is None:
+        return None if old is new else f"{type(new).__name__} after {type(old).__name__}"
+    if not isinstance(new, (tuple, list, dict)):
+        return f"a leaf is {type(new).__name__}; a state is made of tensors (counters are [B] int64)"
+    if type(new) is not type(old) or len(new) != len(old):
+        return f"{type(new).__name__} of {len(new)} after {type(old).__name__} of {len(old)}"
+    pairs = [(new[k], old.get(k)) for k in new] if isinstance(new, dict) else list(zip(new, old))
+    return next((found for a, b in pairs if (found := mismatch(a, b, batch))), None)

@@ -1,4 +1,4 @@
-"""The recipe grammar: what a design may say. `loading` turns YAML into these; names as in the README's grammar page."""
+"""The recipe grammar: what a design may say. `loading` turns YAML into these; docs/grammar.md shows it whole."""
 
 from __future__ import annotations
 
@@ -48,18 +48,6 @@ def _norm(value: Any) -> Any:
 AnyNorm = Annotated[Norm, BeforeValidator(_norm)]
 
 
-class Linear(Design):
-    kind: Literal["dense"] = "dense"
-
-
-class Linears(Design):
-    """The linear map of each role; gates stay dense unless said otherwise."""
-
-    projection: Linear = Linear()
-    gate: Linear = Linear()
-    expert: Linear = Linear()
-
-
 class Embedding(Design):
     tie: bool = True
     scale: float | Literal["sqrt-width"] = 1.0
@@ -71,10 +59,6 @@ class Embedding(Design):
 class Head(Design):
     softcap: float | None = Field(default=None, gt=0)
     """logits <- cap * tanh(logits / cap)"""
-
-
-class Depth(Design):
-    kind: Literal["fixed"] = "fixed"
 
 
 class Sublayer(Design):
@@ -93,7 +77,6 @@ class Sublayer(Design):
     scale: float | Literal["learned"] | None = None
     publish: dict[str, str] = Field(default_factory=dict)
     """name -> what of the mixer's publications"""
-    depth: Depth = Depth()
 
 
 class Shared(Design):
@@ -111,7 +94,6 @@ class Model(Design):
     embedding: Embedding = Embedding()
     head: Head = Head()
     norm: AnyNorm = Norm()
-    linear: Linears = Linears()
     mixers: dict[str, AnyMixer]
     layers: dict[str, tuple[Sublayer, ...]]
     shared: dict[str, Shared] = Field(default_factory=dict)

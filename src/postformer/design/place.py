@@ -9,7 +9,6 @@ from postformer.design import cost as costs
 from postformer.design import registry
 from postformer.design.base import Design, DesignError
 from postformer.design.cost import Cost
-from postformer.design.grammar import Linears
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,6 @@ class Place:
     dim_out: int
     causal: bool = True
     publish: frozenset[str] = frozenset()
-    linears: Linears = Linears()
     identity: str = ""
     """The same for all uses of one mixer, different for different ones"""
 
@@ -43,10 +41,14 @@ class Place:
         return mixer_cost(design, self.child(name, width))
 
 
+class NotDeclared(DesignError):
+    """A kind whose author declared no cost."""
+
+
 def mixer_cost(design: Any, place: Place) -> Cost:
     """Cost of any mixer; DesignError if its author declared none."""
     found = registry.resolve(design.kind).cost(design, place)
     if found is None:
-        raise DesignError(f"kind '{design.kind}' declares no cost; give its class a `cost(design, site)`",
+        raise NotDeclared(f"kind '{design.kind}' declares no cost; give its class a `cost(design, site)`",
                           path=place.path)
     return found

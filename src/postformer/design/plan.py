@@ -58,7 +58,7 @@ def planned(model: Model) -> Iterator[list[Planned]]:
             place = Place(
                 path=f"stack.{i}.{j}", layer=i, num_layers=len(model.stack), rank=seen[key], count=counts[key],
                 width=input_width(sub, model), dim_out=model.width, publish=frozenset(sub.publish.values()),
-                linears=model.linear, identity=order[key],
+                identity=order[key],
             )
             if isinstance(sub.use, str) and sub.use in model.shared:
                 layer.append(Planned(sub, place, None, (sub.use, seen[key] % model.shared[sub.use].copies)))
@@ -73,7 +73,7 @@ def shared_places(model: Model, name: str, copy: int, num_layers: int) -> list[P
     return [
         Planned(sub, Place(path=f"shared.{name}.{copy}.{j}", layer=0, num_layers=num_layers, rank=copy,
                            count=model.shared[name].copies, width=input_width(sub, model), dim_out=model.width,
-                           publish=frozenset(sub.publish.values()), linears=model.linear,
+                           publish=frozenset(sub.publish.values()),
                            identity=f"shared.{name}.{j}"),
                 model.mixer_of(sub.use))
         for j, sub in enumerate(model.shared[name].layer)

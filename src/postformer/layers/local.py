@@ -6,11 +6,14 @@ and nothing is seen across a document's start.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from postformer.contract.context import Context
+from postformer.design.cost import Cost
 
 
 class Taps:
@@ -74,6 +77,13 @@ class ShortConvolution(nn.Module):
         self.size, self.activation = size, activation
         self.weight = nn.Parameter(torch.empty(width, size).uniform_(-(size**-0.5), size**-0.5))
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    @staticmethod
+    def cost(width: int, design: Any) -> Cost:
+        """Of what a design's `local` makes in front of `width` channels: nothing unless it is a convolution."""
+        if design.kind != "conv":
+            return Cost()
+        return Cost(params=width * (design.size + design.bias), state=4 * width * (design.size - 1))
 
     def initial(self, batch: int) -> Tensor:
         return self.weight.new_zeros(batch, self.size - 1, self.weight.shape[0])

@@ -60,7 +60,6 @@ class AttentionDesign(Design):
     bias: bool = False
     """On the projections of q, k and v"""
     bias_out: bool = False
-    softcap: None = None
     eps: float = 1e-6
 
     @model_validator(mode="after")
@@ -97,7 +96,6 @@ def sizes(design: AttentionDesign, width: int) -> tuple[int, int, int]:
 class Attention(Mixer):
     def __init__(self, design: AttentionDesign, site: Any) -> None:
         super().__init__()
-        self.design = design
         self.query_heads, self.kv_heads, self.dim = sizes(design, site.width)
         inner, kv = self.query_heads * self.dim, self.kv_heads * self.dim
         self.q = site.linear("q", site.width, inner, bias=design.bias)

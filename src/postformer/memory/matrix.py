@@ -80,9 +80,9 @@ class Matrix(AffineMemory):
 
     @classmethod
     def traits(cls, design: MatrixDesign) -> Traits:
-        local = design.local.kind != "none" or design.parameterisation in ("mamba2", "rwkv7", "mlstm")
+        free = design.local.kind == "none" and resolve(design.parameterisation).soft_gates
         return Traits(
-            soft_gates=not local, native_emit=not local,
+            soft_gates=free, native_emit=free,
             publishes=("value",) if design.parameterisation == "rwkv7" else (),
             reads=(design.value_residual,) if design.value_residual else (),
         )

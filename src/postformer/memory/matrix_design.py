@@ -143,7 +143,15 @@ class MatrixDesign(Design):
     def _sense(self) -> MatrixDesign:
         from postformer.memory.rules import resolve  # its files import this one
 
-        resolve(self.parameterisation)
+        rule = resolve(self.parameterisation)
+        if self.local.kind not in rule.local:
+            raise ValueError(f"parameterisation '{self.parameterisation}' has no local mixing '{self.local.kind}'; "
+                             f"set local: {' or '.join(rule.local)}")
+        if self.heads.key and not rule.grouped:
+            raise ValueError(f"parameterisation '{self.parameterisation}' has one key head per value head; "
+                             "leave heads.key out")
+        if self.value_residual and self.parameterisation != "rwkv7":
+            raise ValueError("value_residual belongs to parameterisation: rwkv7")
         if self.parameterisation != "qkv":
             fields = type(self).model_fields
             fixed = {name for name in ("loss", "retention", "update", "features", "position", "normaliser")
@@ -164,8 +172,6 @@ class MatrixDesign(Design):
             raise ValueError("several steps of loss dot only add heads; use steps: 1, or loss: l2")
         if self.normaliser == "sum" and not {"elu1", "relu", "softmax"} & set(self.features):
             raise ValueError("normaliser 'sum' needs positive features, or it divides by zero: set features: elu1")
-        if self.value_residual:
-            raise ValueError("value_residual belongs to parameterisation: rwkv7")
         return self
 
     @property

@@ -46,11 +46,12 @@ class VectorDesign(Design):
     def _sense(self) -> VectorDesign:
         if self.local.kind == "shift":
             raise ValueError("a vector memory mixes neighbours by local: conv4, not by shift")
-        if self.local.kind == "conv" and self.parameterisation not in ("mamba1", "rglru"):
-            raise ValueError(f"parameterisation '{self.parameterisation}' has no short convolution; set local: none")
+        uses, fields = resolve(self.parameterisation).uses, type(self).model_fields
+        for name in ("dim_inner", "dim_state", "rank", "inner_norm", "blocks", "bias", "local"):
+            if name not in uses and getattr(self, name) != fields[name].default:
+                raise ValueError(f"'{name}' means nothing to parameterisation '{self.parameterisation}'; leave it out")
         if self.parameterisation == "s5" and self.dim_state % 2:
             raise ValueError("s5 keeps half of its states, the others are their conjugates: dim_state must be even")
-        resolve(self.parameterisation)
         return self
 
     def scaled(self, ratio: float) -> VectorDesign:
@@ -63,7 +64,10 @@ class VectorDesign(Design):
         return new.model_copy(update=changes)
 
     def inner(self, width: int) -> int:
-        return self.dim_inner or (2 * width if self.parameterisation == "mamba1" else width)
+        inner = self.dim_inner or (2 * width if self.parameterisation == "mamba1" else width)
+        if inner % self.blocks:
+            raise ValueError(f"{inner} channels do not divide into blocks: {self.blocks}; give a divisor")
+        return inner
 
 
 @register(VectorDesign)
@@ -82,8 +86,7 @@ class Vector(Mixer):
 
     @classmethod
     def traits(cls, design: VectorDesign) -> Traits:
-        soft = design.local.kind == "none" and resolve(design.parameterisation).soft_gates
-        return Traits(soft_gates=soft, native_emit=False)
+        return Traits(soft_gates=design.local.kind == "none", native_emit=False)
 
     @classmethod
     def choices(cls, design: VectorDesign) -> Choices:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from postformer.contract.context import EMPTY, Context
+from postformer.contract.context import EMPTY, Context, positions
 from postformer.contract.mixer import Out
 from postformer.contract.state import State
 from postformer.design.grammar import Model
@@ -31,25 +31,6 @@ class LMOutput(NamedTuple):
     losses: Mapping[str, Tensor] = EMPTY
     emitted: State = None
     published: Mapping[str, Any] = EMPTY
-
-
-def positions(start: Tensor, length: int, ctx: Context) -> tuple[Tensor, Tensor]:
-    """(position [B, T] of each token in its document, position [B] of the token after the call).
-
-    Invalid tokens do not count; a document boundary starts again at zero.
-    """
-    valid = torch.ones(start.shape[0], length, dtype=torch.long, device=start.device)
-    if ctx.valid is not None:
-        valid = ctx.valid.long()
-    before = valid.cumsum(1) - valid
-    reset = ctx.reset("document")
-    if reset is None:
-        position = before + start[:, None]
-    else:
-        base = before.masked_fill(~reset, 0).cummax(1).values
-        first = reset.long().cumsum(1) == 0
-        position = before - base + torch.where(first, start[:, None], 0)
-    return position, position[:, -1] + valid[:, -1]
 
 
 class LanguageModel(nn.Module):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 
 from postformer.design import Recipe, load
+from postformer.design.place import NotDeclared
 from postformer.verify import declared  # noqa: F401  (registers its checks)
 from postformer.verify.checks import CHECKS
 from postformer.verify.subject import reduced, subject
@@ -55,12 +57,26 @@ def verify(recipe: str | dict | Recipe, only: Iterable[str] = (), full: bool = F
         torch.set_num_threads(threads)
 
 
+def _where(error: BaseException) -> str:
+    """File and line of the innermost frame: where the author has to look."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+
+
 def _verify(whole: Recipe, only: Iterable[str], full: bool) -> Verification:
+    only = (only,) if isinstance(only, str) else tuple(only)
     small = whole if full else reduced(whole)
     size = f"width {small.model.width}, {len(small.model.stack)} layers"
     results = []
     if only and not any(word in item.name for item in CHECKS for word in only):
         raise ValueError(f"no check's name has any of {sorted(only)}; they are: {'; '.join(c.name for c in CHECKS)}")
+    try:
+        made = subject(small)
+        with torch.no_grad():
+            made(made.input(2, 5, 0))
+    except Exception as e:  # whatever stands in the author's class
+        note = f"{type(e).__name__}: {e}{_where(e)}"
+        return Verification(whole.name, size, [Result("it builds and runs", False, float("inf"), note=note)])
     for item in CHECKS:
         if only and not any(word in item.name for word in only):
             continue
@@ -72,7 +88,10 @@ def _verify(whole: Recipe, only: Iterable[str], full: bool) -> Verification:
         try:
             value, tolerance, note = item.run(made)
             passed = value <= tolerance
+        except NotDeclared as e:
+            results.append(Result(item.name, None, note=e.message))
+            continue
         except Exception as e:
-            value, tolerance, note, passed = float("inf"), 0.0, f"{type(e).__name__}: {e}", False
+            value, tolerance, note, passed = float("inf"), 0.0, f"{type(e).__name__}: {e}{_where(e)}", False
         results.append(Result(item.name, passed, value, tolerance, note, time.perf_counter() - start))
     return Verification(whole.name, size, results)

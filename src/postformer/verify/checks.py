@@ -129,7 +129,7 @@ def causal_gradient(s: Subject) -> Found:
 def _pieces(s: Subject, x: Tensor, sizes: list[int], ctx: Context | None = None) -> tuple[Tensor, Any]:
     ys, at, state = [], 0, None
     for size in sizes:
-        out, state = s(x[:, at : at + size], state, None if ctx is None else ctx.narrow(at, at + size))
+        out, state = s(x[:, at : at + size], state, None if ctx is None else ctx.narrow(at, at + size, x.shape[1]))
         ys.append(out.y)
         at += size
     return torch.cat(ys, 1), state

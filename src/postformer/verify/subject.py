@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from postformer.contract.context import Context
-from postformer.contract.mixer import Out, Traits
+from postformer.contract.mixer import Out, Traits, joined
 from postformer.design import Recipe, load, registry
 from postformer.design.base import Design
 from postformer.design.plan import planned, shared_places
@@ -80,14 +80,4 @@ def stack_traits(recipe: Recipe) -> Traits:
     designs = [item.design for layer in planned(model) for item in layer if item.design is not None]
     for name, block in model.shared.items():
         designs += [i.design for c in range(block.copies) for i in shared_places(model, name, c, 1) if i.design]
-    each = [registry.resolve(d.kind).traits(d) for d in designs]
-    streaming = {t.streaming for t in each}
-    return Traits(
-        causal=all(t.causal for t in each),
-        streaming="none" if "none" in streaming else "growing" if "growing" in streaming else "constant",
-        soft_gates=all(t.soft_gates for t in each if t.stateful),
-        native_reset=all(t.native_reset for t in each),
-        native_emit=all(t.native_emit for t in each),
-        stateful=any(t.stateful for t in each),
-        exact_gradients=all(t.exact_gradients for t in each),
-    )
+    return joined([registry.resolve(d.kind).traits(d) for d in designs])

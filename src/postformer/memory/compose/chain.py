@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from postformer.contract.context import Context
-from postformer.contract.mixer import Mixer, Out, Traits
+from postformer.contract.mixer import Mixer, Out, Traits, joined
 from postformer.contract.state import State
 from postformer.design import registry
 from postformer.design.base import Design
@@ -22,44 +23,35 @@ class ChainDesign(Design):
     of: tuple[AnyMixer, ...] = Field(min_length=1)
 
 
-def joined_traits(children: tuple[Any, ...]) -> Traits:
-    """What a composite can do: what all of its children can."""
-    each = [registry.resolve(c.kind).traits(c) for c in children]
-    return Traits(
-        causal=all(t.causal for t in each),
-        two_way=all(t.two_way for t in each),
-        streaming="none" if any(t.streaming == "none" for t in each) else
-        "growing" if any(t.streaming == "growing" for t in each) else "constant",
-        soft_gates=all(t.soft_gates for t in each),
-        stateful=any(t.stateful for t in each),
-        exact_gradients=all(t.exact_gradients for t in each),
-        reads=tuple(name for t in each for name in t.reads),
-    )
+class Composite(Mixer):
+    """A mixer made of the children in `design.of`; its state is the tuple of theirs."""
 
-
-@register(ChainDesign)
-class Chain(Mixer):
-    def __init__(self, design: ChainDesign, site: Any) -> None:
+    def __init__(self, design: Any, site: Any) -> None:
         super().__init__()
         self.of = nn.ModuleList(site.build(child, f"of.{i}") for i, child in enumerate(design.of))
 
     def initial(self, batch: int, condition: Tensor | None = None) -> State:
         return tuple(child.initial(batch) for child in self.of)  # type: ignore[operator]
 
+    @classmethod
+    def traits(cls, design: Any) -> Traits:
+        # Its children do what they cannot natively by themselves.
+        return replace(joined([registry.resolve(c.kind).traits(c) for c in design.of]), native_reset=True,
+                       native_emit=True)
+
+    @classmethod
+    def cost(cls, design: Any, site: Any) -> Cost:
+        return sum((site.child_cost(child, f"of.{i}") for i, child in enumerate(design.of)), Cost())
+
+
+@register(ChainDesign)
+class Chain(Composite):
     def mix(self, x: Tensor, state: State, ctx: Context) -> Out:
         outs = []
         for child, past in zip(self.of, state):
             outs.append(child(x, past, ctx))
             x = outs[-1].y
         return gathered(x, outs, ctx)
-
-    @classmethod
-    def traits(cls, design: ChainDesign) -> Traits:
-        return joined_traits(design.of)
-
-    @classmethod
-    def cost(cls, design: ChainDesign, site: Any) -> Cost:
-        return sum((site.child_cost(child, f"of.{i}") for i, child in enumerate(design.of)), Cost())
 
 
 def gathered(y: Tensor, outs: list[Out], ctx: Context) -> Out:

@@ -12,14 +12,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from postformer.contract.context import Context
-from postformer.contract.mixer import Mixer, Out, Traits
+from postformer.contract.mixer import Out
 from postformer.contract.state import State
 from postformer.design.base import Design
 from postformer.design.cost import Cost
 from postformer.design.grammar import AnyMixer
 from postformer.design.registry import register
 from postformer.layers.norm import RMSNorm
-from postformer.memory.compose.chain import gathered, joined_traits
+from postformer.memory.compose.chain import Composite, gathered
 
 
 class ParallelDesign(Design):
@@ -29,17 +29,13 @@ class ParallelDesign(Design):
 
 
 @register(ParallelDesign)
-class Parallel(Mixer):
+class Parallel(Composite):
     def __init__(self, design: ParallelDesign, site: Any) -> None:
-        super().__init__()
+        super().__init__(design, site)
         self.merge, count = design.merge, len(design.of)
-        self.of = nn.ModuleList(site.build(child, f"of.{i}") for i, child in enumerate(design.of))
         self.norms = nn.ModuleList(RMSNorm(site.dim_out) for _ in design.of) if self.merge == "mean-norm" else None
         self.gate = site.linear("gate", site.width, count, role="gate") if self.merge == "gate" else None
         self.join = site.linear("join", count * site.dim_out, site.dim_out) if self.merge == "concat" else None
-
-    def initial(self, batch: int, condition: Tensor | None = None) -> State:
-        return tuple(child.initial(batch) for child in self.of)  # type: ignore[operator]
 
     def mix(self, x: Tensor, state: State, ctx: Context) -> Out:
         outs = [child(x, past, ctx) for child, past in zip(self.of, state)]
@@ -56,12 +52,8 @@ class Parallel(Mixer):
         return gathered(y, outs, ctx)
 
     @classmethod
-    def traits(cls, design: ParallelDesign) -> Traits:
-        return joined_traits(design.of)
-
-    @classmethod
     def cost(cls, design: ParallelDesign, site: Any) -> Cost:
-        total = sum((site.child_cost(child, f"of.{i}") for i, child in enumerate(design.of)), Cost())
+        total = super().cost(design, site)
         count = len(design.of)
         if design.merge == "mean-norm":
             total += Cost(params=count * site.dim_out)

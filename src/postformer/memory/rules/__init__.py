@@ -25,6 +25,12 @@ class Rule(nn.Module):
 
     micro_flops: ClassVar[float] = 4.0
     """FLOPs per dim_key x dim_value and token of the recurrence: 2 each for erase, write, add, read"""
+    local: ClassVar[tuple[str, ...]] = ("none",)
+    """Kinds of local mixing it can have"""
+    grouped: ClassVar[bool] = False
+    """Several heads may share a key head"""
+    soft_gates: ClassVar[bool] = True
+    """Besides local mixing, nothing in it looks at neighbouring tokens or carries a state of its own"""
     four: ClassVar[Choices]
     """The four choices in words"""
     columns: int

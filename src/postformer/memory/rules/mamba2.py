@@ -23,6 +23,8 @@ from postformer.memory.rules.gates import fp32, inverse_softplus_dt, log_uniform
 
 @rule("mamba2")
 class Mamba2(Rule):
+    local = ("none", "conv")
+    grouped = True
     four = Choices("matrix", "dot", "decay per head, chosen by the input", "one gradient step of size Delta_t",
                    "S_t = exp(-A Delta_t) S_{t-1} + B_t (Delta_t x_t)^T;  o_t = S_t^T C_t + D x_t")
 
@@ -64,6 +66,4 @@ class Mamba2(Rule):
         count, groups, dim_key, dim_value = design.sizes(site.width)
         width = count * dim_value + 2 * groups * dim_key
         total = site.linear_cost(site.width, width) + site.linear_cost(site.width, count, role="gate")
-        taps, bias = design.local.size, design.local.bias
-        conv = design.local.kind == "conv"
-        return total + Cost(params=3 * count + conv * width * (taps + bias), state=conv * 4 * width * (taps - 1))
+        return total + Cost(params=3 * count) + ShortConvolution.cost(width, design.local)

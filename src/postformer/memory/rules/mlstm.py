@@ -39,6 +39,7 @@ def _at_most_zero(x: Tensor) -> Tensor:
 
 @rule("mlstm")
 class MLstm(Rule):
+    soft_gates = False
     four = Choices("matrix and its normaliser n", "dot", "decay f_t per head, chosen by the input",
                    "one gradient step of exponential size exp(i_t)",
                    "S_t = f_t S_{t-1} + exp(i_t) k_t v_t^T;  o_t = S_t^T q_t / max(|n_t . q_t|, 1)")

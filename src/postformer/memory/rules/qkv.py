@@ -35,6 +35,9 @@ FEATURES = {
 
 @rule("qkv")
 class Qkv(Rule):
+    local = ("none", "conv", "shift")
+    grouped = True
+
     def __init__(self, design: MatrixDesign, site: Any) -> None:
         super().__init__()
         self.design, self.steps = design, design.update.steps
@@ -125,9 +128,7 @@ class Qkv(Rule):
         total = sum((site.linear_cost(site.width, w) for w in widths), Cost()) + Decay.cost(design, site)
         if design.rate != "one":
             total += site.linear_cost(site.width, value_heads * steps, role="gate")
-        if design.local.kind == "conv":
-            taps = design.local.size
-            total += Cost(params=sum(widths) * (taps + design.local.bias), state=4 * sum(widths) * (taps - 1))
-        elif design.local.kind == "shift":
+        total += ShortConvolution.cost(sum(widths), design.local)
+        if design.local.kind == "shift":
             total += Cost(params=site.width, state=4 * site.width)
         return total

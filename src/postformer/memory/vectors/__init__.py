@@ -23,7 +23,8 @@ _units: dict[str, Any] = {}
 class Unit(nn.Module):
     """x [B, T, D] -> (y [B, T, D_out], state)."""
 
-    soft_gates: ClassVar[bool] = True
+    uses: ClassVar[frozenset[str]] = frozenset()
+    """Fields of the design that mean something here; others are refused"""
     four: ClassVar[Choices]
     """The four choices in words"""
 

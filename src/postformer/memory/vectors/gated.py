@@ -22,6 +22,7 @@ from postformer.memory.vectors import Unit, gated_scan, unit
 
 
 class _Gated(Unit):
+    uses = frozenset({"dim_inner", "bias"})
     four = Choices("vector", "dot", "decay f_t per channel, chosen by the input", "one gradient step of size 1 - f_t",
                    "h_t = f_t .* h_{t-1} + (1 - f_t) .* c_t;  y_t = h_t")
 

@@ -29,7 +29,7 @@ def step_rank(design: Any, width: int) -> int:
 
 @unit("mamba1")
 class Mamba1(Unit):
-    soft_gates = False
+    uses = frozenset({"dim_inner", "dim_state", "rank", "inner_norm", "bias", "local"})
     four = Choices("vector, N states per channel", "dot", "decay per channel and state, chosen by the input",
                    "one gradient step of size Delta_t",
                    "h_t = exp(Delta_t A) .* h_{t-1} + Delta_t x_t B_t;  y_t = C_t . h_t + D x_t")
@@ -87,10 +87,6 @@ class Mamba1(Unit):
         total += site.linear_cost(inner, rank + 2 * states, role="gate")
         total += site.linear_cost(rank, inner, bias=True, role="gate")
         total += site.linear_cost(inner, site.dim_out, bias=design.bias)
-        conv, taps = design.local.kind == "conv", design.local.size
-        return total + Cost(
-            params=inner * states + inner + conv * inner * (taps + design.local.bias)
-            + design.inner_norm * (rank + 2 * states),
-            flops_per_token=4.0 * inner * states,
-            state=4 * inner * states + conv * 4 * inner * (taps - 1),
-        )
+        return total + ShortConvolution.cost(inner, design.local) + Cost(
+            params=inner * states + inner + design.inner_norm * (rank + 2 * states),
+            flops_per_token=4.0 * inner * states, state=4 * inner * states)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from postformer.contract.context import Context
+from postformer.contract.context import Context, positions
 from postformer.contract.state import State
 from postformer.design.choices import Choices
 from postformer.design.cost import Cost
@@ -35,6 +35,7 @@ def bounded_sqrt(x: Tensor) -> Tensor:
 
 @unit("rglru")
 class RgLru(Unit):
+    uses = frozenset({"dim_inner", "blocks", "bias", "local"})
     four = Choices("vector", "dot", "decay per channel, chosen by the input",
                    "one gradient step of size sqrt(1 - a_t^2) i_t",
                    "h_t = a_t .* h_{t-1} + sqrt(1 - a_t^2) .* i_t .* x_t;  y_t = h_t")
@@ -42,8 +43,6 @@ class RgLru(Unit):
     def __init__(self, design: Any, site: Any) -> None:
         super().__init__()
         self.design, self.inner, self.blocks = design, design.inner(site.width), design.blocks
-        if self.inner % self.blocks:
-            raise ValueError(f"{self.inner} channels do not divide into blocks: {self.blocks}")
         block = self.inner // self.blocks
         self.y = site.linear("y", site.width, self.inner, bias=design.bias)
         self.x = site.linear("x", site.width, self.inner, bias=design.bias)
@@ -61,7 +60,8 @@ class RgLru(Unit):
     def initial(self, batch: int) -> State:
         dtype = torch.float64 if self.decay.dtype == torch.float64 else torch.float32
         memory = self.decay.new_zeros(batch, self.inner, dtype=dtype)
-        return memory, None if self.conv is None else self.conv.initial(batch)
+        seen = torch.zeros(batch, dtype=torch.long, device=memory.device)
+        return memory, None if self.conv is None else self.conv.initial(batch), seen
 
     def _gate(self, x: Tensor, name: str) -> Tensor:
         weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
@@ -70,27 +70,24 @@ class RgLru(Unit):
         return torch.sigmoid(raw.flatten(-2))
 
     def forward(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
-        memory, local = state
+        memory, local, seen = state
         branch = F.gelu(self.y(x), approximate="tanh")
         u = self.x(x)
         if self.conv is not None:
             u, local = self.conv(u, local, ctx, self.design.forget_at)
         log_a = -8 * fp32(self._gate(u, "recurrence")) * F.softplus(fp32(self.decay))
         scale = bounded_sqrt(-torch.expm1(2 * log_a))
-        if ctx.position is not None:
-            scale = torch.where((ctx.position == 0)[..., None], 1.0, scale)
+        age, seen = positions(seen, x.shape[1], ctx, self.design.forget_at)
+        scale = torch.where((age == 0)[..., None], 1.0, scale)
         h = gated_scan(log_a, fp32(u * self._gate(u, "input")) * scale, memory, ctx, self.design.forget_at)
-        return self.out(h.to(x.dtype) * branch), (h[:, -1], local)
+        return self.out(h.to(x.dtype) * branch), (h[:, -1], local, seen)
 
     @classmethod
     def cost(cls, design: Any, site: Any) -> Cost:
-        inner, conv, taps = design.inner(site.width), design.local.kind == "conv", design.local.size
+        inner = design.inner(site.width)
         block = inner // design.blocks
         total = site.linear_cost(site.width, inner, bias=design.bias) + \
             site.linear_cost(site.width, inner, bias=design.bias)
         total += site.linear_cost(inner, site.dim_out, bias=design.bias)
-        return total + Cost(
-            params=2 * inner * block + 3 * inner + conv * inner * (taps + design.local.bias),
-            flops_per_token=4.0 * inner * block,
-            state=4 * inner + conv * 4 * inner * (taps - 1),
-        )
+        return total + ShortConvolution.cost(inner, design.local) + Cost(
+            params=2 * inner * block + 3 * inner, flops_per_token=4.0 * inner * block, state=4 * inner + 8)

@@ -25,6 +25,7 @@ from postformer.memory.vectors import Unit, gated_scan, unit
 
 
 class _Space(Unit):
+    uses = frozenset({"dim_state"})
     four = Choices("vector, complex", "reconstruction of the past (HiPPO)", "fixed decay per state",
                    "one gradient step, fixed size",
                    "h_t = exp(Delta A) .* h_{t-1} + B x_t;  y_t = 2 Re(C h_t) + D x_t")
@@ -32,8 +33,6 @@ class _Space(Unit):
     def __init__(self, design: Any, site: Any) -> None:
         super().__init__()
         self.design, self.inner = design, site.width
-        if design.inner(site.width) != site.width:
-            raise ValueError("s4d and s5 work on all channels: leave dim_inner out")
         self.lanes = self.inner if design.parameterisation == "s4d" else 1
         self.states = max(1, design.dim_state // 2)
         shape = (self.lanes, self.states)
