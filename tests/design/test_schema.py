@@ -35,7 +35,7 @@ def test_it_accepts_what_ships(shipped, name):
 
 
 def test_it_accepts_the_short_form(shipped):
-    path = Path(__file__).parents[2] / "examples" / "leaky.yaml"
+    path = Path(__file__).parents[2] / "examples" / "leaky" / "leaky.yaml"
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
     data["model"]["memory"] = {"kind": "attention"}
     jsonschema.validate(data, shipped)

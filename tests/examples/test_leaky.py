@@ -1,6 +1,9 @@
 """The README's example of a memory of one's own: verified, trained, decoded."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from postformer.design import load, registry
 from postformer.model import build
 from postformer.verify import verify
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "leaky"
 
 
 @pytest.fixture
@@ -46,3 +49,15 @@ def test_it_is_short():
     lines = [line for line in code.splitlines() if line.strip() and not line.startswith(("from", "import"))]
     memory = [line for line in lines if "cost" not in line]
     assert len(memory) <= 23
+
+
+@pytest.mark.slow
+def test_it_installs_as_a_package(tmp_path):
+    """As a user does it: pip, then the command line finds the kind by its entry point."""
+    target = tmp_path / "site"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, EXAMPLES], check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "postformer", "verify", EXAMPLES / "leaky.yaml", "--only", "causal"], text=True,
+        capture_output=True, env={**os.environ, "PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "ok" in done.stdout

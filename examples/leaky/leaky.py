@@ -1,10 +1,12 @@
-"""Your own memory in 20 lines: a leaky average. Used by `postformer verify examples/leaky.yaml` after this module is
-imported; a package registers it by the entry point `leaky = "leaky:Leaky"` in the group `postformer.kinds`."""
+"""Your own memory in 20 lines: a leaky average. The entry point in pyproject.toml makes it a kind like any other:
+
+pip install -e examples/leaky && postformer verify examples/leaky/leaky.yaml
+"""
 
 from typing import Literal
 
 from postformer.contract.mixer import StepMemory
-from postformer.design import Design, register
+from postformer.design import Cost, Design, register
 
 
 class LeakyDesign(Design):
@@ -27,8 +29,6 @@ class Leaky(StepMemory):
         return self.out(h), h
 
     @classmethod
-    def cost(cls, design, site):
-        from postformer.design import Cost
-
+    def cost(cls, design, site):  # optional: what `explain` and matched comparisons compute without building
         maps = site.linear_cost(site.width, site.width) + site.linear_cost(site.width, site.dim_out)
         return maps + Cost(state=4 * site.width)
