@@ -23,7 +23,7 @@ import postformer
 from postformer.cli.console import FULL, INTERRUPTED, UNEXPECTED, WRONG_INPUT, fail, failed
 
 # Of click's, which recent typer carries a copy of: found through what typer itself offers.
-USAGE = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+USAGE: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 PATHS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from postformer.cli.console import Json, Layers, Set, Width, finish, number, size, split_overrides
+from postformer.cli.console import Json, Layers, Set, Width, finish, number, size
+
+if TYPE_CHECKING:
+    from postformer.design import Model
+    from postformer.design.grammar import Sublayer
 
 CONTEXTS = (128, 1024, 8192, 65536, 1048576)
 
@@ -16,22 +21,26 @@ def explain(
     width: Width = None, layers: Layers = None, set_: Set = None, json: Json = False,
 ) -> None:
     """Show a recipe: the four choices of each memory, the stack, params, FLOPs, state against context, the BibTeX."""
-    from postformer.design import load, registry
+    from postformer.design import DesignError, load, registry
     from postformer.design.papers import bibtex, title
 
-    made = load(recipe, split_overrides(set_)[0], width, layers)
-    model, cost = made.model, made.cost()
+    made = load(recipe, set_ or (), width, layers)
+    model, cost, undeclared = made.model, None, ""
+    try:
+        cost = made.cost()
+    except DesignError as e:  # a memory need not declare its cost, and can be trained all the same
+        undeclared = e.message
     about: dict[str, Any] = {
         "name": made.name, "id": made.id, "paper": made.paper, "width": model.width, "layers": len(model.stack),
-        "params": cost.params, "memories": {}, "stack": list(model.stack),
-        "flops_per_token": {c: cost.flops(1, c - 1) for c in CONTEXTS},
-        "state_bytes": {c: cost.state_bytes(c) for c in CONTEXTS},
+        "params": cost and cost.params, "memories": {}, "stack": list(model.stack),
+        "flops_per_token": cost and {c: cost.flops(1, c - 1) for c in CONTEXTS},
+        "state_bytes": cost and {c: cost.state_bytes(c) for c in CONTEXTS},
     }
     print(f"{made.name} - {made.summary}" if made.summary else made.name)
     if made.paper:
         print(f"paper: {title(made.paper) or ''} (arXiv {made.paper})")
     print(f"id: {made.id[:16]}\n")
-    for name, design in model.mixers.items():
+    for name, design in _mixers(model).items():
         for where, child in [(name, design), *_children(name, design)]:
             choices = registry.resolve(child.kind).choices(child)
             if choices is None:
@@ -42,17 +51,50 @@ def explain(
                 print(f"  {label:<11} {text}")
     print(f"\nstack: width {model.width}, {len(model.stack)} layers, vocabulary {model.vocab}")
     for count, layer in _runs(list(model.stack)):
-        parts = [s.use if isinstance(s.use, str) else s.use.kind for s in model.layers[layer]]
-        kinds = [f"{p} ({model.mixers[p].kind})" if p in model.mixers else f"{p} (shared)" for p in parts]
-        print(f"  {count:>3} x  {'  then  '.join(kinds)}")
-    print(f"\nparams: {cost.params:,} ({number(cost.params)})")
-    print(f"{'context':>10}  {'FLOPs/token':>12}  {'state of one sequence':>22}")
-    for c in CONTEXTS:
-        print(f"{c:>10,}  {number(cost.flops(1, c - 1)):>12}  {size(cost.state_bytes(c)):>22}")
-    print("(FLOPs: two per multiply-add of a forward pass; state in fp32, key-value lists included)")
+        print(f"  {count:>3} x  {_sequence(model, model.layers[layer])}")
+    for name, block in model.shared.items():
+        copies = "" if block.copies == 1 else f", {block.copies} copies"
+        print(f"  shared block {name}{copies}:  {_sequence(model, block.layer)}")
+    if cost is None:
+        print(f"\ncost: not declared by {undeclared.replace(' declares no cost', '')}")
+    else:
+        print(f"\nparams: {cost.params:,} ({number(cost.params)})")
+        print(f"{'context':>10}  {'FLOPs/token':>12}  {'state of one sequence':>22}")
+        for c in CONTEXTS:
+            print(f"{c:>10,}  {number(cost.flops(1, c - 1)):>12}  {size(cost.state_bytes(c)):>22}")
+        print("(FLOPs: two per multiply-add of a forward pass; state in fp32, key-value lists included)")
     if made.paper:
         print("\n" + bibtex(made.paper))
     finish(about, json)
+
+
+def _mixers(model: Model) -> dict[str, Any]:
+    """Every mixer that the stack uses: by its name, or where it is written if it stands inside a layer."""
+    from postformer.design.plan import planned
+
+    found: dict[str, Any] = dict(model.mixers)
+    for layer in planned(model):
+        for j, item in enumerate(layer):
+            if item.design is not None and not isinstance(item.sublayer.use, str):
+                found.setdefault(f"layers.{model.stack[item.place.layer]}.{j}", item.design)
+    for name, block in model.shared.items():
+        for j, sub in enumerate(block.layer):
+            if not isinstance(sub.use, str):
+                found[f"shared.{name}.layer.{j}"] = sub.use
+    return found
+
+
+def _sequence(model: Model, layer: Sequence[Sublayer]) -> str:
+    """The sublayers of one layer, in words."""
+    words = []
+    for sub in layer:
+        if not isinstance(sub.use, str):
+            words.append(sub.use.kind)
+        elif sub.use in model.mixers:
+            words.append(f"{sub.use} ({model.mixers[sub.use].kind})")
+        else:
+            words.append(f"{sub.use} (shared)")
+    return "  then  ".join(words)
 
 
 def _children(name: str, design: Any) -> list[tuple[str, Any]]:
