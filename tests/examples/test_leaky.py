@@ -55,7 +55,8 @@ def test_it_is_short():
 def test_it_installs_as_a_package(tmp_path):
     """As a user does it: pip, then the command line finds the kind by its entry point."""
     target = tmp_path / "site"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, EXAMPLES], check=True)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target]
+    subprocess.run([*pip, EXAMPLES], check=True)
     done = subprocess.run(
         [sys.executable, "-m", "postformer", "verify", EXAMPLES / "leaky.yaml", "--only", "causal"], text=True,
         capture_output=True, env={**os.environ, "PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"})
