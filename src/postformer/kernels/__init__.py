@@ -8,6 +8,7 @@ memories. sequential: any step function. attention: a list of keys and values.
 """
 
 from .attention import attention
+from .diagonal import diagonal_system
 from .gdr import gdr
 from .scan import fft_convolution, max_plus_scan, scan
 from .selective import selective_scan
@@ -18,6 +19,7 @@ __all__ = [
     "Settings",
     "attention",
     "current",
+    "diagonal_system",
     "fft_convolution",
     "gdr",
     "max_plus_scan",

@@ -19,7 +19,7 @@ from postformer.contract.context import Context, gates
 from postformer.contract.state import State
 from postformer.design.choices import Choices
 from postformer.design.cost import Cost
-from postformer.kernels import current, fft_convolution
+from postformer.kernels import diagonal_system
 from postformer.memory.rules.gates import fp32
 from postformer.memory.vectors import Unit, gated_scan, unit
 
@@ -68,18 +68,10 @@ class S4d(_Space):
     def forward(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         da, b = self._discrete()
         c = torch.view_as_complex(fp32(self.C))
-        length = x.shape[1]
-        plain = ctx.boundary is None and gates(ctx) == (None, None)
-        if plain and length > 1 and current().backend != "reference":
-            steps = torch.arange(length + 1, device=x.device, dtype=da.real.dtype)
-            power = (da[..., None] * (steps * current().decay_scale)).exp()
-            kernel = 2 * ((c * b)[..., None] * power[..., :-1]).sum(1).real
-            y = fft_convolution(fp32(x), kernel)
-            y = y + 2 * torch.einsum("bds,dst->btd", state * c, power[..., 1:]).real
-            last = (power[..., -1] * state
-                    + b * torch.einsum("btd,dst->bds", fp32(x).to(da.dtype), power[..., :-1].flip(-1)))
-            return self._finish(y, x), last
-        log_a = da.expand(x.shape[0], length, -1, -1)
+        if ctx.boundary is None and gates(ctx) == (None, None):
+            y, state = diagonal_system(fp32(x), da, b, c, state)
+            return self._finish(y, x), state
+        log_a = da.expand(x.shape[0], x.shape[1], -1, -1)
         h = gated_scan(log_a, fp32(x)[..., None] * b, state, ctx, self.design.forget_at)
         return self._finish(2 * (h * c).sum(-1).real, x), h[:, -1]
 
