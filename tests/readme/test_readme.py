@@ -24,6 +24,13 @@ def run(command, here):
     return done.stdout
 
 
+def test_every_link_leads_somewhere():
+    root = Path(__file__).parents[2]
+    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
 @pytest.mark.slow
 def test_five_lines_of_python(here):
     code = re.search(r"```python\n(import postformer\n.*?)```", README, re.S)[1]
