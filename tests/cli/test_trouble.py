@@ -73,6 +73,15 @@ def test_a_value_error_of_ours_is_wrong_input(capsys):
     assert "temperature" in capsys.readouterr().err
 
 
+def test_a_type_error_that_a_check_of_ours_raises_is_wrong_input(capsys):
+    from postformer.design import Design, register
+
+    with pytest.raises(SystemExit) as caught, trouble.guarded():
+        register(Design)(int)
+    assert caught.value.code == 2
+    assert "names no kind" in capsys.readouterr().err
+
+
 def test_a_failure_ends_with_json(inside):
     for args, code, words in ((("explain", "nowhere.yaml"), 2, "nowhere.yaml"), (("train",), 2, "name a recipe"),
                               (("train", "transformer", "--colour"), 2, "--colour"), (("nothing",), 2, "nothing")):
@@ -112,6 +121,16 @@ def test_a_reader_that_has_gone_is_no_failure(args):
     done = subprocess.run([sys.executable, "-m", "postformer", *args], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes of another kind")
+def test_nobody_reads_errors_either(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "postformer", "explain", "nowhere", "--json"], stdout=write,
+                          stderr=write, cwd=tmp_path)
+    os.close(write)
+    assert done.returncode == 2
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of another kind")

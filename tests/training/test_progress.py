@@ -51,3 +51,15 @@ def test_quiet(tmp_path):
 
 def test_durations():
     assert [duration(s) for s in (0, 59.6, 3600, 3723)] == ["0:00", "1:00", "1:00:00", "1:02:03"]
+
+
+def test_a_watcher_that_has_gone_does_not_stop_the_run(tmp_path):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    progress = Progress(2, stream=Closed(), log=tmp_path / "train.log")
+    for step in (1, 2):
+        progress.update(LINE | {"step": step, "validation_loss": 1.0})
+    progress.close()
+    assert (tmp_path / "train.log").read_text().count("\n") == 2

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
@@ -61,9 +63,21 @@ def finish(result: dict[str, Any], as_json: bool) -> None:
 def fail(message: str, code: int) -> NoReturn:
     """One clear line on standard error, the same in JSON if that was asked for, then out."""
     text = " ".join(str(message).split())
-    print(f"postformer: {text}", file=sys.stderr, flush=True)
-    failed(text, code)
+    with contextlib.suppress(BrokenPipeError):
+        print(f"postformer: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(BrokenPipeError):
+        failed(text, code)
+    settle()
     raise SystemExit(code)
+
+
+def settle() -> None:
+    """Write what is buffered; if its reader has gone (`| head`), let it go, since Python would complain at the end."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def failed(text: str, code: int) -> None:

@@ -8,7 +8,6 @@ failed; 130 interrupted, after saving.
 from __future__ import annotations
 
 import errno
-import os
 import sys
 import sysconfig
 import traceback
@@ -20,7 +19,7 @@ from typing import NoReturn
 import typer
 
 import postformer
-from postformer.cli.console import FULL, INTERRUPTED, UNEXPECTED, WRONG_INPUT, fail, failed
+from postformer.cli.console import FULL, INTERRUPTED, UNEXPECTED, WRONG_INPUT, fail, failed, settle
 
 # Of click's, which recent typer carries a copy of: found through what typer itself offers.
 USAGE: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -31,9 +30,9 @@ def run(app: typer.Typer) -> NoReturn:
     """The application on the arguments of the process, then out of it."""
     with guarded():
         code = app(prog_name="postformer", standalone_mode=False)
-        sys.stdout.flush()  # here, where a closed pipe is expected
         if code == INTERRUPTED:  # what click makes of Ctrl-C
             fail("interrupted", INTERRUPTED)
+        settle()
         sys.exit(code if isinstance(code, int) else 0)
     raise AssertionError("unreachable")
 
@@ -63,7 +62,7 @@ def guarded() -> Iterator[None]:
         raise
     except Exception as e:
         code = getattr(e, "exit_code", None)
-        if code is None and isinstance(e, ValueError) and _on_purpose(e):
+        if code is None and isinstance(e, (ValueError, TypeError)) and _on_purpose(e):
             code = WRONG_INPUT
         if code is None:
             _unexpected(e)
@@ -77,7 +76,8 @@ def _closed_pipe(error: BaseException | None) -> bool:
 
 def _reader_has_gone() -> NoReturn:
     """`postformer ... | head`: nobody reads the rest, which is no failure; what is still buffered goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # click has put something around them
+    settle()
     raise SystemExit(0) from None
 
 
@@ -123,12 +123,16 @@ def _ours(filename: str) -> bool:
     return Path(filename).resolve().is_relative_to(Path(postformer.__file__).resolve().parent)
 
 
-def _on_purpose(error: ValueError) -> bool:
-    """Raised by postformer (its text is a remedy), of a class of postformer's, or by pydantic about a configuration."""
+def _on_purpose(error: ValueError | TypeError) -> bool:
+    """Raised by postformer (its text is a remedy), of a class of postformer's, or by pydantic about a configuration. A
+    TypeError comes from a mistake of ours just as well as from a check of what a user's class returns: only what a
+    `raise` of ours raises is on purpose."""
     if type(error).__module__.partition(".")[0] in ("postformer", "pydantic_core"):
         return True
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and _ours(frames[-1].filename)
+    if not frames or not _ours(frames[-1].filename):
+        return False
+    return isinstance(error, ValueError) or (frames[-1].line or "").lstrip().startswith("raise ")
 
 
 def _plain(error: Exception) -> str:

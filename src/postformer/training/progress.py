@@ -51,8 +51,7 @@ class Progress:
             left = "" if seconds_left is None or last else f", {duration(seconds_left)} left"
             text = f"step {line['step']}/{self.steps}: {describe(line)}{left}"
             self._log(text)
-            if self.mode == "plain":
-                print(text, file=self.stream, flush=True)
+            self._print(text)
 
     def note(self, text: str, shown: bool = True) -> None:
         """A message outside the sequence of steps. shown False: for the log only."""
@@ -61,8 +60,15 @@ class Progress:
             return
         if self.bar is not None:
             self.bar.console.print(text, markup=False, highlight=False)
-        elif self.mode == "plain":
-            print(text, file=self.stream, flush=True)
+        else:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        if self.mode == "plain":
+            try:
+                print(text, file=self.stream, flush=True)
+            except BrokenPipeError:  # whoever watched has gone, which is no reason to stop
+                self.mode = "quiet"
 
     def _log(self, text: str) -> None:
         if self.log is not None:

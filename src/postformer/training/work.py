@@ -35,8 +35,9 @@ class Work:
 
     def source(self, config: TrainConfig) -> Source:
         """For `plan`."""
-        return task_source(self.task, None, config) if self.corpus is None and self.task is not None \
-            else corpus_source(self._corpus(), config)
+        if self.task is not None:
+            return task_source(self.task, None, config)
+        return corpus_source(self._corpus(), config)
 
     def train(self, config: TrainConfig, directory: Path, *, progress: str = "auto", resume: bool = False) -> Result:
         """As `train_language` and `train_task`."""
