@@ -6,7 +6,7 @@ import torch
 from postformer.design.grammar import Norm
 from postformer.layers.activation import ACTIVATIONS
 from postformer.layers.norm import HeadNorm, RMSNorm, l2norm, make_norm
-from postformer.layers.rotary import rotary
+from postformer.layers.rotary import angles, rotary
 
 torch.set_num_threads(1)
 G = torch.Generator().manual_seed(0)
@@ -17,7 +17,7 @@ POSITION = torch.tensor([[0, 1, 2, 3, 4], [7, 8, 100, 101, 5000]])
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dim", [8, 4])
 def test_rotary_multiplies_by_unit_complex_numbers(interleaved, dim):
-    got = rotary(X, POSITION, 100.0, dim, interleaved)
+    got = rotary(X, angles(POSITION, dim, X.dtype, 100.0), interleaved)
     for j in range(dim // 2):
         a, b = (2 * j, 2 * j + 1) if interleaved else (j, j + dim // 2)
         angle = POSITION.double()[:, None] * 100.0 ** (-2 * j / dim)
@@ -28,10 +28,13 @@ def test_rotary_multiplies_by_unit_complex_numbers(interleaved, dim):
 
 
 def test_rotary_scores_depend_on_distance_only():
+    def turned(x, at):
+        return rotary(x, angles(torch.tensor([[at]]), 8, x.dtype))
+
     q, k = X[:1, :, :1], X[1:, :, :1]
-    scores = [(rotary(q, torch.tensor([[i + 9]])) * rotary(k, torch.tensor([[i]]))).sum() for i in (0, 5, 1000)]
+    scores = [(turned(q, i + 9) * turned(k, i)).sum() for i in (0, 5, 1000)]
     assert max(abs(s - scores[0]) for s in scores) < 1e-11
-    assert rotary(X.bfloat16(), POSITION).dtype == torch.bfloat16
+    assert rotary(X.bfloat16(), angles(POSITION, X.shape[-1], torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_rms_norms():

@@ -99,12 +99,15 @@ def test_decoding_with_a_state_given_away_allocates_a_new_list_only_when_it_is_f
     assert (torch.cat(logits, 1) - truth[:, 20:]).abs().max() < 1e-4
 
 
-def test_packing_and_padding_without_positions_are_refused_with_a_remedy():
+def test_a_mixer_alone_counts_its_positions():
     mixer = build(load("transformer", width=32, layers=2).model).stack.layers[0].sublayers[0].mixer
     boundary = torch.zeros(1, 4, dtype=torch.int8)
     boundary[0, 2] = DOCUMENT
-    with pytest.raises(ValueError, match=r"need ctx.position; the language model sets it"):
-        mixer(torch.zeros(1, 4, 32), None, Context(boundary=boundary))
+    x = torch.randn(1, 4, 32)
+    with torch.no_grad():
+        packed = mixer(x, None, Context(boundary=boundary))
+        assert (packed.y[:, 2:] - mixer(x[:, 2:]).y).abs().max() < 1e-6
+    assert packed.state.next.tolist() == [2]
     out = mixer(torch.ones(1, 4, 32))
     assert out.state.next.tolist() == [4]
     assert states.size(out.state) == 4 * 2 * mixer.kv_heads * mixer.dim * 4 + 16

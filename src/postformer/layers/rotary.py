@@ -6,17 +6,21 @@ import torch
 from torch import Tensor
 
 
-def rotary(x: Tensor, position: Tensor, base: float = 10000.0, dim: int | None = None,
-           interleaved: bool = False) -> Tensor:
-    """Rotate the first `dim` channels (default all) of x [B, H, T, d] by position [B, T].
+def angles(position: Tensor, dim: int, dtype: torch.dtype, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """(cosines, sines) [B, 1, T, dim / 2] of position [B, T] times base^(-2i / dim); for `rotary`."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    freq = base ** (-torch.arange(0, dim, 2, dtype=wide, device=position.device) / dim)
+    angle = position.to(wide)[:, None, :, None] * freq
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotary(x: Tensor, turn: tuple[Tensor, Tensor], interleaved: bool = False) -> Tensor:
+    """Rotate the first channels of x [B, H, T, d], as many as `turn` (from `angles`) is for; the others stay.
 
     Halves are paired (channel i with i + dim/2) as in Llama; interleaved pairs neighbours (2i, 2i + 1) as in RetNet.
     """
-    dim = dim or x.shape[-1]
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    freq = base ** (-torch.arange(0, dim, 2, dtype=dtype, device=x.device) / dim)
-    angle = position.to(dtype)[:, None, :, None] * freq
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    cos, sin = turn
+    dim = 2 * cos.shape[-1]
     turned, kept = x[..., :dim], x[..., dim:]
     if interleaved:
         a, b = turned[..., 0::2], turned[..., 1::2]

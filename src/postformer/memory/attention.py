@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from postformer.contract.context import Context
+from postformer.contract.context import Context, positions
 from postformer.contract.mixer import Mixer, Out, Traits
 from postformer.contract.state import Growing
 from postformer.design.base import Design
@@ -24,7 +24,7 @@ from postformer.design.cost import Cost
 from postformer.design.registry import register
 from postformer.kernels import attention
 from postformer.layers.norm import RMSNorm
-from postformer.layers.rotary import rotary
+from postformer.layers.rotary import angles, rotary
 
 
 class AttentionHeads(Design):
@@ -124,16 +124,20 @@ class Attention(Mixer):
     def mix(self, x: Tensor, state: AttentionState, ctx: Context) -> Out:
         batch, length = x.shape[:2]
         segments, memory = ctx.segments(), state.memory
-        position, following = self._positions(x, state.next, segments, ctx)
+        if ctx.position is None:
+            position, following = positions(state.next, length, ctx)
+        else:
+            position = ctx.position
+            following = position[:, -1] + (1 if ctx.valid is None else ctx.valid[:, -1].long())
         q = self.q(x).view(batch, length, self.query_heads, self.dim).transpose(1, 2)
         k = self.k(x).view(batch, length, self.kv_heads, self.dim).transpose(1, 2)
         v = self.v(x).view(batch, length, self.kv_heads, self.dim)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.design.position == "rope":
-            q = rotary(q, position, self.design.rope_base, self.rotated)
-            k = rotary(k, position, self.design.rope_base, self.rotated)
+            turn = angles(position, self.rotated, q.dtype, self.design.rope_base)
+            q, k = rotary(q, turn), rotary(k, turn)
+        o = self._read(q, k, v.transpose(1, 2), memory, position, segments, ctx)
         new = torch.stack([k.transpose(1, 2), v], 2)
-        o = self._read(q, new, memory, position, segments, ctx)
         if isinstance(memory, Growing):
             memory = append(memory, new, segments, written(ctx), ctx.consume)
         else:
@@ -143,18 +147,8 @@ class Attention(Mixer):
             o = o * torch.sigmoid(self.gate(x))
         return Out(self.out(o), AttentionState(memory, following))
 
-    def _positions(self, x: Tensor, start: Tensor, segments: Tensor | None, ctx: Context) -> tuple[Tensor, Tensor]:
-        """Positions of the tokens, [B, T], and of the token after the call, [B]."""
-        if ctx.position is not None:
-            step = 1 if ctx.valid is None else ctx.valid[:, -1].long()
-            return ctx.position, ctx.position[:, -1] + step
-        position = start[:, None] + torch.arange(x.shape[1], device=x.device)
-        if segments is not None or ctx.valid is not None:
-            raise ValueError("packed documents and padding need ctx.position; the language model sets it")
-        return position, position[:, -1] + 1
-
-    def _read(self, q: Tensor, new: Tensor, memory: Growing | Ring, position: Tensor, segments: Tensor | None,
-              ctx: Context) -> Tensor:
+    def _read(self, q: Tensor, k: Tensor, v: Tensor, memory: Growing | Ring, position: Tensor,
+              segments: Tensor | None, ctx: Context) -> Tensor:
         batch, length = position.shape
         window, masks = self.design.window, {}
         used = memory.data.shape[1]
@@ -162,10 +156,10 @@ class Attention(Mixer):
             used = min(used, int(memory.length.max()))
         if used and isinstance(memory, Ring) and not bool(memory.count.any()):
             used = 0
-        past = memory.data[:, :used]
-        data = torch.cat([past, new.to(past.dtype)], 1) if used else new
         exists = None
         if used:
+            past = memory.data[:, :used].to(q.dtype)
+            k, v = torch.cat([past[:, :, 0].transpose(1, 2), k], 2), torch.cat([past[:, :, 1].transpose(1, 2), v], 2)
             old = (torch.arange(used, device=q.device) < memory.length[:, None] if isinstance(memory, Growing)
                    else memory.position >= 0)
             exists = torch.cat([old, position.new_ones(batch, length, dtype=torch.bool)], 1)
@@ -182,8 +176,7 @@ class Attention(Mixer):
                 masks["key_position"] = torch.cat([memory.position[:, :used], position], 1)
             if not used and segments is None and bool((position[:, -1] - position[:, 0] == length - 1).all()):
                 masks = {}  # positions count by one: the window may be taken by index, which is faster
-        keys, values = data[:, :, 0].transpose(1, 2).to(q.dtype), data[:, :, 1].transpose(1, 2).to(q.dtype)
-        return attention(q, keys, values, causal=ctx.causal, window=window, key_valid=exists, **masks)
+        return attention(q, k, v, causal=ctx.causal, window=window, key_valid=exists, **masks)
 
     @classmethod
     def traits(cls, design: AttentionDesign) -> Traits:

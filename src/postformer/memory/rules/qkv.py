@@ -19,7 +19,7 @@ from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.layers.local import ShortConvolution, token_shift
 from postformer.layers.norm import l2norm
-from postformer.layers.rotary import rotary
+from postformer.layers.rotary import angles, rotary
 from postformer.memory.matrix_design import MatrixDesign
 from postformer.memory.rules import Rule, heads, rule
 from postformer.memory.rules.gates import Decay, fp32
@@ -93,7 +93,8 @@ class Qkv(Rule):
         if self.design.position == "rope":
             if ctx.position is None:
                 raise ValueError("position: rope needs ctx.position; the language model sets it")
-            x = rotary(x.transpose(1, 2), ctx.position, interleaved=True).transpose(1, 2)
+            turn = angles(ctx.position, x.shape[-1], x.dtype)
+            x = rotary(x.transpose(1, 2), turn, interleaved=True).transpose(1, 2)
         return x
 
     def _steps(self, x: Tensor, count: int, group: int = 1) -> Tensor:
