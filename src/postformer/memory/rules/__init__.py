@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib import import_module
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from postformer.contract.affine import GDR
 from postformer.contract.context import Context
 from postformer.contract.state import State
-from postformer.design.base import nearest
 from postformer.design.choices import Choices
 from postformer.design.cost import Cost
-
-T = TypeVar("T", bound="type[Rule]")
-BUILT_IN = ("qkv", "mamba2", "rwkv7", "hgrn2", "mlstm")
-_rules: dict[str, Any] = {}
+from postformer.memory.named import Named
 
 
 class Rule(nn.Module):
@@ -52,21 +46,8 @@ class Rule(nn.Module):
         raise NotImplementedError
 
 
-def rule(name: str) -> Callable[[T], T]:
-    """Class decorator: register a parameterisation."""
-    def add(cls: T) -> T:
-        _rules[name] = cls
-        return cls
-    return add
-
-
-def resolve(name: str) -> Any:
-    """The parameterisation of this name. ValueError for an unknown one."""
-    if name not in _rules and name in BUILT_IN:
-        import_module(f"{__name__}.{name}")
-    if name not in _rules:
-        raise ValueError(f"unknown parameterisation '{name}'.{nearest(name, {*_rules, *BUILT_IN})}")
-    return _rules[name]
+_family = Named(__name__, {name: name for name in ("qkv", "mamba2", "rwkv7", "hgrn2", "mlstm")})
+rule, resolve = _family.register, _family.resolve
 
 
 def heads(x: Tensor, count: int, repeat: int = 1) -> Tensor:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib import import_module
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from postformer.contract.context import Context, gates
 from postformer.contract.state import State
-from postformer.design.base import nearest
 from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.kernels import current, scan
-
-T = TypeVar("T", bound="type[Unit]")
-BUILT_IN = {"mamba1": "mamba1", "rglru": "rglru", "hgrn": "gated", "mingru": "gated", "s4d": "spaces", "s5": "spaces"}
-_units: dict[str, Any] = {}
+from postformer.memory.named import Named
 
 
 class Unit(nn.Module):
@@ -39,21 +33,9 @@ class Unit(nn.Module):
         raise NotImplementedError
 
 
-def unit(name: str) -> Callable[[T], T]:
-    """Class decorator: register a parameterisation."""
-    def add(cls: T) -> T:
-        _units[name] = cls
-        return cls
-    return add
-
-
-def resolve(name: str) -> Any:
-    """The parameterisation of this name. ValueError for an unknown one."""
-    if name not in _units and name in BUILT_IN:
-        import_module(f"{__name__}.{BUILT_IN[name]}")
-    if name not in _units:
-        raise ValueError(f"unknown parameterisation '{name}'.{nearest(name, {*_units, *BUILT_IN})}")
-    return _units[name]
+_family = Named(__name__, {"mamba1": "mamba1", "rglru": "rglru", "hgrn": "gated", "mingru": "gated", "s4d": "spaces",
+                           "s5": "spaces"})
+unit, resolve = _family.register, _family.resolve
 
 
 def gated_scan(log_a: Tensor, b: Tensor, h0: Tensor, ctx: Context, forget_at: str) -> Tensor:
