@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from postformer.design.grammar import Norm
+
+
+class _Rms(torch.autograd.Function):
+    """x / sqrt(mean x^2 + eps) * weight over the last dim, in few passes; the backward pass keeps x and one number a
+    row. First-order gradients only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        unit = x * scale
+        grad_weight = (grad * unit).flatten(0, -2).sum(0)
+        grad = grad * weight
+        inner = (grad * unit).mean(-1, keepdim=True)
+        return torch.addcmul(grad, unit, inner, value=-1).mul_(scale), grad_weight, None
 
 
 class RMSNorm(nn.Module):
@@ -19,12 +43,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(start) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight is None or not self.zero_centred:
-            wide = x if x.dtype == torch.float64 else x.float()
-            weight = None if self.weight is None else self.weight.to(wide.dtype)
-            return F.rms_norm(wide, (self.width,), weight, self.eps).to(x.dtype)
         wide = x if x.dtype == torch.float64 else x.float()
-        return F.rms_norm(wide, (self.width,), 1 + self.weight.to(wide.dtype), self.eps).to(x.dtype)
+        if self.weight is None:
+            return F.rms_norm(wide, (self.width,), None, self.eps).to(x.dtype)
+        weight = self.weight.to(wide.dtype)
+        return _Rms.apply(wide, 1 + weight if self.zero_centred else weight, self.eps).to(x.dtype)
 
 
 class HeadNorm(nn.Module):
