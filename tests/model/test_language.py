@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from postformer import model as model_package
-from postformer.contract.context import Context
+from postformer.contract.context import Context, positions
 from postformer.design import kinds, load
 from postformer.model import LMState, build
-from postformer.model.language import positions
 
 NAMES = ["gated-deltanet", "hgrn2", "griffin", "rwkv7", "mamba", "transformer"]
 SHARED = {"version": 1, "name": "shared", "model": {

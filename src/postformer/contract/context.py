@@ -118,3 +118,10 @@ def positions(start: Tensor, length: int, ctx: Context, forget_at: str = "docume
         first = reset.long().cumsum(1) == 0
         position = before - base + torch.where(first, start[:, None], 0)
     return position, position[:, -1] + valid[:, -1]
+
+
+def placed(start: Tensor, length: int, ctx: Context) -> tuple[Tensor, Tensor]:
+    """(position [B, T], position [B] of the token after the call): the context's own, or counted from start [B]."""
+    if ctx.position is None:
+        return positions(start, length, ctx)
+    return ctx.position, ctx.position[:, -1] + (1 if ctx.valid is None else ctx.valid[:, -1].long())

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from postformer.contract.context import Context, positions
+from postformer.contract.context import Context, placed
 from postformer.contract.mixer import Mixer, Out, Traits
 from postformer.contract.state import Growing
 from postformer.design.base import Design
@@ -124,11 +124,7 @@ class Attention(Mixer):
     def mix(self, x: Tensor, state: AttentionState, ctx: Context) -> Out:
         batch, length = x.shape[:2]
         segments, memory = ctx.segments(), state.memory
-        if ctx.position is None:
-            position, following = positions(state.next, length, ctx)
-        else:
-            position = ctx.position
-            following = position[:, -1] + (1 if ctx.valid is None else ctx.valid[:, -1].long())
+        position, following = placed(state.next, length, ctx)
         q = self.q(x).view(batch, length, self.query_heads, self.dim).transpose(1, 2)
         k = self.k(x).view(batch, length, self.kv_heads, self.dim).transpose(1, 2)
         v = self.v(x).view(batch, length, self.kv_heads, self.dim)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from postformer.contract.context import EMPTY, Context, positions
+from postformer.contract.context import EMPTY, Context, placed
 from postformer.contract.mixer import Out
 from postformer.contract.state import State
 from postformer.design.grammar import Model
@@ -101,15 +101,10 @@ class LanguageModel(nn.Module):
         """The stack on embedded tokens x [B, T, width], with positions counted from the state."""
         ctx = ctx or Context()
         state = self.initial(x.shape[0]) if state is None else state
-        if ctx.position is None:
-            position, following = positions(state.next, x.shape[1], ctx)
-            ctx = ctx.replace(position=position)
-        else:
-            step = 1 if ctx.valid is None else ctx.valid[:, -1].long()
-            following = ctx.position[:, -1] + step
-        assert ctx.position is not None
+        position, following = placed(state.next, x.shape[1], ctx)
+        ctx = ctx.replace(position=position)
         if self.design.embedding.position == "sinusoidal":
-            x = x + sinusoidal(ctx.position, self.design.width, x.dtype)
+            x = x + sinusoidal(position, self.design.width, x.dtype)
         if ctx.valid is not None:
             x = x.masked_fill(~ctx.valid[..., None], 0)
         out = self.stack(x, state.stack, ctx)
