@@ -11,8 +11,8 @@ import torch
 
 from postformer.design import Recipe, load
 from postformer.design.place import NotDeclared
-from postformer.verify import declared  # noqa: F401  (registers its checks)
-from postformer.verify.checks import CHECKS
+from postformer.verify import causality, declared, numerics, streaming  # noqa: F401  (they register their checks)
+from postformer.verify.check import CHECKS
 from postformer.verify.subject import reduced, subject
 
 

@@ -18,7 +18,7 @@ from postformer.kernels import use
 from postformer.layers.local import ShortConvolution
 from postformer.layers.norm import HeadNorm, RMSNorm
 from postformer.model import build
-from postformer.verify.checks import EXACT, Found, check
+from postformer.verify.check import EXACT, Found, check
 from postformer.verify.subject import Subject
 
 
