@@ -1,0 +1,126 @@
+"""Memories made of memories: a learned router over three of them, one token at a time.
+
+The memories take a weight a_t in [0, 1], how much of the token they get: decays are raised to its power and writes
+multiplied by it.
+"""
+
+from __future__ import annotations
+
+import torch
+from loops_plain import (
+    Here,
+    Weights,
+    model_loop,
+    model_of,
+    prove,
+    rms,
+    rms_norm,
+    sigmoid,
+    silu,
+    softplus,
+    swiglu,
+    unit,
+)
+from torch import Tensor
+
+ONE = torch.ones((), dtype=torch.float64)
+QUERIES, KEYS, DIM = 4, 2, 6
+H, DK, DV = 2, 6, 10
+
+
+def below(here: Here, name: object) -> Here:
+    """The same place for a memory inside: it keeps what it remembers under its own name."""
+    return Here(here.t, here.layer, here.memory.setdefault(name, {}), here.token)  # type: ignore[arg-type]
+
+
+def softmax(x: Tensor) -> Tensor:
+    e = torch.exp(x - x.max())
+    return e / e.sum()
+
+
+def window_attention(window: int):
+    def step(w: Weights, x: Tensor, here: Here, a: Tensor = ONE) -> Tensor:
+        """1706.03762 over the last `window` places, of which only the tokens it was given are there; 2104.09864."""
+        def turned(u: Tensor) -> Tensor:
+            theta = 10000.0 ** (-2 * torch.arange(DIM // 2, dtype=x.dtype) / DIM)
+            return torch.complex(u[: DIM // 2], u[DIM // 2 :]) * torch.exp(1j * here.t * theta)
+
+        k, v, q = w.map("k", x), w.map("v", x), w.map("q", x)
+        if a > 0:
+            here.memory[here.t] = [(turned(k[DIM * g : DIM * (g + 1)]), v[DIM * g : DIM * (g + 1)])
+                                   for g in range(KEYS)]
+        seen = [here.memory[t] for t in here.memory if t > here.t - window]
+        out = []
+        for h in range(QUERIES):
+            g, q_h = h // (QUERIES // KEYS), turned(q[DIM * h : DIM * (h + 1)])
+            if not seen:
+                out.append(torch.zeros(DIM, dtype=x.dtype))
+                continue
+            weights = softmax(torch.stack([(q_h * pair[g][0].conj()).sum().real for pair in seen]) / DIM**0.5)
+            out.append(weights @ torch.stack([pair[g][1] for pair in seen]))
+        return w.map("out", torch.cat(out))
+
+    return step
+
+
+def gated_delta_net(w: Weights, x: Tensor, here: Here, a: Tensor = ONE) -> Tensor:
+    """2412.06464 without convolutions: S_t = S_{t-1} (alpha^a (I - a beta k k^T)) + a beta v k^T, o = S q."""
+    q, k, v = (silu(w.map(f"params.{name}", x)) if name != "v" else w.map("params.v", x) for name in "qkv")
+    beta = sigmoid(w.map("params.rate", x))
+    step = softplus(w.map("params.decay.map", x) + w("params.decay.dt_bias"))
+    alpha = torch.exp(-torch.exp(w("params.decay.A_log")) * step)
+    out = []
+    for h in range(H):
+        q_h, k_h = (unit(u[DK * h : DK * (h + 1)]) for u in (q, k))
+        s = here.memory.get(h, torch.zeros(DV, DK, dtype=x.dtype))
+        s = s @ (alpha[h] ** a * (torch.eye(DK, dtype=x.dtype) - a * beta[h] * torch.outer(k_h, k_h)))
+        here.memory[h] = s = s + a * beta[h] * torch.outer(v[DV * h : DV * (h + 1)], k_h)
+        out.append(rms(s @ q_h / DK**0.5, 1e-5) * w("norm.weight"))
+    return w.map("out", torch.cat(out) * silu(w.map("gate", x)))
+
+
+def mamba(w: Weights, x: Tensor, here: Here, a: Tensor = ONE) -> Tensor:
+    """2312.00752, algorithm 2, without the convolution: the step size and B are multiplied by a."""
+    p = w.at("params")
+    z, u = p.map("z", x), silu(p.map("x", x))
+    states, rank = p("A_log").shape[1], p("dt.weight").shape[1]
+    low, b, c = p.map("bcdt", u).split([rank, states, states])
+    delta, rate = a * softplus(p.map("dt", low)), -torch.exp(p("A_log"))
+    h = here.memory.get("h", torch.zeros_like(rate))
+    here.memory["h"] = h = torch.exp(delta[:, None] * rate) * h + (delta * u)[:, None] * (a * b)
+    return p.map("out", (h @ c + p("D") * u) * silu(z))
+
+
+def router(memories, hard: bool, chosen: bool):
+    def step(w: Weights, x: Tensor, here: Here) -> Tensor:
+        """y = sum_i a_i M_i(x); a the softmax, or one at its largest entry with the softmax's derivative."""
+        a = p = softmax(w.map("router", x))
+        if hard:
+            one = torch.zeros_like(p)
+            one[p.argmax()] = 1
+            a = one + p - p.detach()
+        ys = [m(w.at(f"of.{i}"), x, below(here, i), a[i] if chosen else ONE) for i, m in enumerate(memories)]
+        return sum(a[i] * y for i, y in enumerate(ys))
+
+    return step
+
+
+SMALL = [*(f"model.mixers.memory.of.0.heads.{k}={v}" for k, v in zip(("query", "key_value", "dim"),
+                                                                    (QUERIES, KEYS, DIM))),
+         *(f"model.mixers.memory.of.1.heads.{k}={v}" for k, v in zip(("value", "dim_key", "dim_value"), (H, DK, DV))),
+         "model.mixers.memory.of.0.window=9", "model.mixers.memory.of.2.dim_inner=20",
+         "model.mixers.memory.of.2.dim_state=5"]
+
+
+def test_memory_router(record_proof):
+    memories = [window_attention(9), gated_delta_net, mamba]
+    for by, more, hard, chosen in (
+        ("", [], True, True),
+        (" (soft weights)", ["model.mixers.memory.top=null"], False, True),
+        (" (soft weights, all written)", ["model.mixers.memory.top=null", "model.mixers.memory.writes=all"], False,
+         False),
+        (" (all written)", ["model.mixers.memory.writes=all"], True, False),
+    ):
+        branch = router(memories, hard, chosen)
+        prove(record_proof, "memory-router", f"2502.13685{by}", model_of("memory-router", SMALL + more),
+              lambda w, tokens, branch=branch: model_loop(w, tokens, [[branch, swiglu]] * 2, rms_norm()))
