@@ -17,7 +17,7 @@ def draw(*shape, seed=0, dtype=torch.float64):
 
 
 def explicit(q, k, v, scale=None, causal=True, window=None, key_position=None, query_position=None, key_segment=None,
-             query_segment=None, key_valid=None, key_bias=None):  # fmt: skip
+             query_segment=None, key_valid=None, key_bias=None, always=0):  # fmt: skip
     """Softmax over a written-out mask, pair by pair."""
     (B, Hq, T, d), S = q.shape, k.shape[2]
     k, v = (x.repeat_interleave(Hq // k.shape[1], 1) for x in (k, v))
@@ -29,8 +29,8 @@ def explicit(q, k, v, scale=None, causal=True, window=None, key_position=None, q
                     s if key_position is None else key_position[b, s]
                 )
                 ok = (age >= 0 or not causal) and (window is None or abs(age) < window)
-                ok = ok and (key_valid is None or bool(key_valid[b, s]))
-                seen[b, t, s] = ok and (key_segment is None or bool(query_segment[b, t] == key_segment[b, s]))
+                ok = ok and (key_segment is None or bool(query_segment[b, t] == key_segment[b, s]))
+                seen[b, t, s] = (ok or s < always) and (key_valid is None or bool(key_valid[b, s]))
     logits = q @ k.mT * (d**-0.5 if scale is None else scale)
     if key_bias is not None:
         logits = logits + key_bias[:, None, None]
@@ -45,12 +45,14 @@ def explicit(q, k, v, scale=None, causal=True, window=None, key_position=None, q
     groups=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
     causal=st.booleans(),
     window=st.sampled_from([None, 1, 3, 8]),
+    always=st.sampled_from([0, 0, 1, 4]),
     masks=st.sets(st.sampled_from(["position", "segment", "valid", "bias", "scale"])),
 )
-def test_both_forms_equal_explicit_softmax(T, past, groups, causal, window, masks):
+def test_both_forms_equal_explicit_softmax(T, past, groups, causal, window, always, masks):
+    past += always
     (Hq, Hk), S, rng = groups, T + past, torch.Generator().manual_seed(T)
     q, k, v = draw(2, Hq, T, 4), draw(2, Hk, S, 4, seed=1), draw(2, Hk, S, 3, seed=2)
-    options = {"causal": causal, "window": window}
+    options = {"causal": causal, "window": window, "always": always}
     if "position" in masks:
         position = torch.randint(0, 9, (2, S), generator=rng)
         options |= {"key_position": position, "query_position": position[:, past:]}
@@ -76,12 +78,14 @@ def test_both_forms_equal_explicit_softmax(T, past, groups, causal, window, mask
 
 @pytest.mark.parametrize(("T", "window"), [(150, 3), (150, 70), (64, 64), (129, 64), (70, 200), (200, 100)])
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
-def test_banded_equals_masked(T, window, heads):
-    q, k, v = draw(2, heads[0], T, 4), draw(2, heads[1], T, 4, seed=1), draw(2, heads[1], T, 4, seed=2)
+@pytest.mark.parametrize("always", [0, 3])
+def test_banded_equals_masked(T, window, heads, always):
+    S = T + always
+    q, k, v = draw(2, heads[0], T, 4), draw(2, heads[1], S, 4, seed=1), draw(2, heads[1], S, 4, seed=2)
     found = []
-    for masks in ({}, {"key_valid": torch.ones(2, T, dtype=torch.bool)}):
+    for masks in ({}, {"key_valid": torch.ones(2, S, dtype=torch.bool)}):
         args = [x.clone().requires_grad_() for x in (q, k, v)]
-        o = attention(*args, window=window, **masks)
+        o = attention(*args, window=window, always=always, **masks)
         o.pow(2).sum().backward()
         found.append([o.detach(), *(x.grad for x in args)])
     for x, y in zip(*found):
@@ -127,6 +131,8 @@ def test_wrong_arguments_are_named():
         attention(q, k[:, :2], v[:, :2])
     with pytest.raises(ValueError, match="3 keys for 4 queries"):
         attention(q, k[:, :, :3], v[:, :, :3])
+    with pytest.raises(ValueError, match="4 keys for 4 queries and always=1"):
+        attention(q, k, v, always=1)
     with pytest.raises(ValueError, match="window=0"):
         attention(q, k, v, window=0)
     with pytest.raises(ValueError, match="come together"):

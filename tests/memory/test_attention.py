@@ -6,9 +6,10 @@ import torch
 from postformer.contract import state as states
 from postformer.contract.context import DOCUMENT, Context
 from postformer.contract.state import Growing
-from postformer.design import load
+from postformer.design import DesignError, load
 from postformer.memory.attention import Ring, append, rotate
 from postformer.model import build
+from postformer.verify import verify
 
 
 def entries(*values):
@@ -111,3 +112,27 @@ def test_a_mixer_alone_counts_its_positions():
     out = mixer(torch.ones(1, 4, 32))
     assert out.state.next.tolist() == [4]
     assert states.size(out.state) == 4 * 2 * mixer.kv_heads * mixer.dim * 4 + 16
+
+
+@pytest.mark.parametrize("more", [{"window": 6}, {"heads": {"query": 4, "key_value": 2}, "qk_norm": "rms"}],
+                         ids=["window", "full"])
+def test_persistent_keys_keep_the_contract(more):
+    """Seen from every document, window and row, whatever is padding; counted as parameters, not as state."""
+    mixer = {"kind": "attention", "persistent": 5, **more}
+    found = verify({"name": "p", "model": {"width": 32, "mixers": {"a": mixer}, "stack": ["a", "a"]}})
+    assert [(r.name, r.note) for r in found.results if r.passed is False] == []
+
+
+def test_persistent_keys_are_all_that_a_first_read_only_token_sees():
+    data = {"name": "p", "model": {"width": 32, "mixers": {"a": {"kind": "attention", "persistent": 1}},
+                                   "stack": ["a"]}}
+    mixer = build(load(data).model).stack.layers[0].sublayers[0].mixer
+    nothing = torch.zeros(2, 3)
+    with torch.no_grad():
+        out = mixer(torch.randn(2, 3, 32), None, Context(write=nothing, tick=nothing))
+        expected = mixer.out(mixer.persistent[1, :, 0].flatten())
+    assert (out.y - expected).abs().max() < 1e-6
+    assert out.state.memory.length.tolist() == [0, 0]
+    with pytest.raises(DesignError, match="persistent"):
+        load({"name": "p", "model": {"width": 32, "mixers": {"a": {"kind": "attention", "persistent": -1}},
+                                     "stack": ["a"]}})

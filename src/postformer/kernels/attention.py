@@ -12,7 +12,7 @@ SMALLEST_BLOCK = 64
 """Rows per block of a banded read: narrower windows are masked inside it, since tiny products waste more."""
 
 
-def _check(q, k, v, window, fields) -> None:
+def _check(q, k, v, window, always, fields) -> None:
     B, _, T = q.shape[:3]
     S = k.shape[2]
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or k.shape[0] != B or k.shape[3] != q.shape[3]:
@@ -24,8 +24,9 @@ def _check(q, k, v, window, fields) -> None:
         raise ValueError(f"attention: k {tuple(k.shape)} and v {tuple(v.shape)} differ in batch, heads or keys")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"attention: {q.shape[1]} query heads do not divide among {k.shape[1]} key heads")
-    if S < T:
-        raise ValueError(f"attention: {S} keys for {T} queries; the last T keys are the queries' own tokens")
+    if always < 0 or S - always < T:
+        raise ValueError(f"attention: {S} keys for {T} queries and always={always}; the last T keys are the queries' "
+                         "own tokens, and `always` counts keys before them")
     if window is not None and window < 1:
         raise ValueError(f"attention: window={window}; give at least 1 (the token itself) or None")
     for name, (x, length) in fields.items():
@@ -44,6 +45,7 @@ def visibility(
     key_segment: Tensor | None,
     query_segment: Tensor | None,
     key_valid: Tensor | None,
+    always: int = 0,
 ) -> Tensor | None:
     """[1 or B, T, S] bool, which keys a query sees; None where it sees all."""
     seen: Tensor | None = None
@@ -58,6 +60,8 @@ def visibility(
     if key_segment is not None and query_segment is not None:
         same = query_segment[:, :, None] == key_segment[:, None, :]
         seen = same if seen is None else seen & same
+    if always and seen is not None:
+        seen = torch.cat([seen.new_ones(seen.shape[0], T, always), seen[:, :, always:]], 2)
     if key_valid is not None:
         seen = key_valid[:, None, :].expand(-1, T, -1) if seen is None else seen & key_valid[:, None, :]
     return seen
@@ -83,29 +87,37 @@ def _reference(q, k, v, seen: Tensor | None, key_bias: Tensor | None, scale: flo
     return torch.stack(rows, 3).flatten(1, 2)
 
 
-def _banded(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
-    """Causal attention to the last `window` tokens in O(T * window): each block of queries reads two blocks of keys."""
+def _banded(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, always: int = 0) -> Tensor:
+    """Causal attention to the last `window` tokens in O(T * window): each block of queries reads two blocks of keys
+    and the first `always` keys, which precede the T tokens."""
     B, _, T, _ = q.shape
     block = max(window, min(SMALLEST_BLOCK, T))
     pad = (-T) % block
-    q, k, v = (F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, block)) for x in (q, k, v))
+    fixed = [x[:, :, None, :always] for x in (k, v)]
+    q, k, v = (F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, block)) for x in (q, k[:, :, always:], v[:, :, always:]))
     N = q.shape[2]
     row, col = torch.arange(block, 2 * block, device=q.device), torch.arange(2 * block, device=q.device)
     age = row[:, None] - col
     band = (age >= 0) & (age < window)
+    shown = band.new_ones(block, always)
+
+    def seen(keys: Tensor, which: int) -> Tensor:
+        return torch.cat([fixed[which].expand(-1, -1, keys.shape[2], -1, -1), keys], 3) if always else keys
 
     def blocks(x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(0, 1)
 
     grouped = q.shape[1] != k.shape[1]
     first = F.scaled_dot_product_attention(
-        q[:, :, 0], k[:, :, 0], v[:, :, 0], attn_mask=band[:, block:], scale=scale, enable_gqa=grouped
+        q[:, :, 0], seen(k[:, :, :1], 0)[:, :, 0], seen(v[:, :, :1], 1)[:, :, 0],
+        attn_mask=torch.cat([shown, band[:, block:]], 1), scale=scale, enable_gqa=grouped
     )
     if N == 1:
         return first[:, :, :T]
-    k, v = (torch.cat([x[:, :, :-1], x[:, :, 1:]], 3) for x in (k, v))
+    k, v = (seen(torch.cat([x[:, :, :-1], x[:, :, 1:]], 3), i) for i, x in enumerate((k, v)))
     rest = F.scaled_dot_product_attention(
-        blocks(q[:, :, 1:]), blocks(k), blocks(v), attn_mask=band, scale=scale, enable_gqa=grouped
+        blocks(q[:, :, 1:]), blocks(k), blocks(v), attn_mask=torch.cat([shown, band], 1), scale=scale,
+        enable_gqa=grouped
     )
     rest = rest.unflatten(0, (B, N - 1)).transpose(1, 2).flatten(2, 3)
     return torch.cat([first, rest], 2)[:, :, :T]
@@ -125,6 +137,7 @@ def attention(
     key_valid: Tensor | None = None,
     key_bias: Tensor | None = None,
     scale: float | None = None,
+    always: int = 0,
     backend: str = "auto",
 ) -> Tensor:
     """Softmax attention: o_t = sum_s softmax_s(scale q_t . k_s + bias_s) v_s over the keys that the query may see.
@@ -139,6 +152,7 @@ def attention(
         key_valid: [B, S] bool; False: nobody sees the key.
         key_bias: [B, S], added to the logits of a key; -inf hides it.
         scale: factor on q . k; None is d ** -0.5.
+        always: the first so many of the S keys stand outside time: no position, segment or window hides them.
         backend: "auto" and "parallel" (scaled_dot_product_attention; in bands where there is a window and no mask),
             or "reference" (query by query).
 
@@ -150,7 +164,7 @@ def attention(
     """
     _, Hq, T, d = q.shape
     S = k.shape[2]
-    _check(q, k, v, window, {
+    _check(q, k, v, window, always, {
         "key_position": (key_position, S), "query_position": (query_position, T), "key_segment": (key_segment, S),
         "query_segment": (query_segment, T), "key_valid": (key_valid, S), "key_bias": (key_bias, S),
     })
@@ -162,24 +176,25 @@ def attention(
     plain = key_bias is None and all(m is None for m in masks)
     reference = settings.choose(backend) == "reference"
     if plain and not reference:
-        if window is not None and window >= S:
+        if window is not None and window >= S - always:
             window = None
         if window is None and (not causal or T == 1):
             return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
-        if causal and S == T:
-            if window is None:
+        if causal and S - always == T:
+            if window is not None:
+                return _banded(q, k, v, window, scale, always)
+            if not always:
                 return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-            return _banded(q, k, v, window, scale)
         if T == 1 and causal and window is not None:
-            return F.scaled_dot_product_attention(
-                q, k[:, :, -window:], v[:, :, -window:], scale=scale, enable_gqa=grouped
-            )
+            k, v = (torch.cat([x[:, :, :always], x[:, :, -window:]], 2) if always else x[:, :, -window:]
+                    for x in (k, v))
+            return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
     if key_bias is not None:
         shown = key_bias > float("-inf")
         key_valid = shown if key_valid is None else key_valid & shown
         key_bias = key_bias.masked_fill(~shown, 0.0)
     seen = visibility(
-        T, S, q.device, causal, window, key_position, query_position, key_segment, query_segment, key_valid
+        T, S, q.device, causal, window, key_position, query_position, key_segment, query_segment, key_valid, always
     )
     if reference:
         return _reference(q, k, v, seen, key_bias, scale)

@@ -2,6 +2,7 @@
 
     o_t = sum_i softmax_i(q_t . k_i / sqrt(d)) v_i      over i <= t of the same document, or the last `window` tokens
 
+With `persistent: N` every query also sees N learned pairs of key and value without a place (2501.00663, section 3.3).
 The state is the key-value list (grows with the context), or with a window a ring of the last `window` entries.
 Limits: a list holds a token or it does not, so a token is kept whole where its write gate is above zero; tick has no
 effect (nothing decays).
@@ -12,6 +13,7 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -57,6 +59,8 @@ class AttentionDesign(Design):
     qk_norm: Literal["none", "rms", "zero-centred-rms"] = "none"
     gate: Literal["none", "sigmoid"] = "none"
     """A gate on every output channel, computed from x (2505.06708)"""
+    persistent: int = Field(default=0, ge=0)
+    """Learned keys and values that every token sees: parameters, not state, neither turned nor normed"""
     bias: bool = False
     """On the projections of q, k and v"""
     bias_out: bool = False
@@ -103,6 +107,8 @@ class Attention(Mixer):
         self.v = site.linear("v", site.width, kv, bias=design.bias)
         self.gate = site.linear("gate", site.width, inner, role="gate") if design.gate != "none" else None
         self.out = site.linear("out", inner, site.dim_out, bias=design.bias_out)
+        self.persistent = (site.parameter("persistent", (2, self.kv_heads, design.persistent, self.dim),
+                                          lambda p: p.normal_(0, 3**-0.5)) if design.persistent else None)
         self.rotated = int(self.dim * design.rope_fraction) // 2 * 2
         if design.qk_norm != "none":
             zero = design.qk_norm == "zero-centred-rms"
@@ -172,7 +178,13 @@ class Attention(Mixer):
                 masks["key_position"] = torch.cat([memory.position[:, :used], position], 1)
             if not used and segments is None and bool((position[:, -1] - position[:, 0] == length - 1).all()):
                 masks = {}  # positions count by one: the window may be taken by index, which is faster
-        return attention(q, k, v, causal=ctx.causal, window=window, key_valid=exists, **masks)
+        if self.persistent is None:
+            return attention(q, k, v, causal=ctx.causal, window=window, key_valid=exists, **masks)
+        always = self.design.persistent
+        k, v = (torch.cat([p.to(q.dtype).expand(batch, -1, -1, -1), x], 2) for p, x in zip(self.persistent, (k, v)))
+        exists = None if exists is None else F.pad(exists, (always, 0), value=True)
+        masks = {name: F.pad(m, (always, 0)) if name.startswith("key") else m for name, m in masks.items()}
+        return attention(q, k, v, causal=ctx.causal, window=window, key_valid=exists, always=always, **masks)
 
     @classmethod
     def traits(cls, design: AttentionDesign) -> Traits:
@@ -194,7 +206,8 @@ class Attention(Mixer):
             total += site.linear_cost(site.width, heads * dim, role="gate")
         bytes_per_token = 2 * kv * dim * 4
         return total + Cost(
-            params=0 if design.qk_norm == "none" else 2 * dim,
+            params=(0 if design.qk_norm == "none" else 2 * dim) + 2 * kv * design.persistent * dim,
+            flops_per_token=4.0 * heads * dim * design.persistent,
             flops_per_key=((4.0 * heads * dim, design.window),),
             state=16 if design.window is None else design.window * (bytes_per_token + 8) + 16,
             state_per_token=((bytes_per_token, None),) if design.window is None else (),

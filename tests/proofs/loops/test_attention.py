@@ -10,12 +10,18 @@ from torch import Tensor
 QUERIES, KEYS, DIM = 4, 2, 6
 
 
-def attention(window: int | None):
+def attention(window: int | None, persistent: int = 0):
     def step(w: Weights, x: Tensor, here: Here) -> Tensor:
-        """1706.03762, equation 1, with 2104.09864's rotation: channel j and j + d/2 are one complex number."""
+        """1706.03762, equation 1, with 2104.09864's rotation: channel j and j + d/2 are one complex number.
+
+        Persistent keys (2501.00663, section 3.3) come before all others, unturned.
+        """
+        def paired(u: Tensor) -> Tensor:
+            return torch.complex(u[: DIM // 2], u[DIM // 2 :])
+
         def turned(u: Tensor) -> Tensor:
             theta = 10000.0 ** (-2 * torch.arange(DIM // 2, dtype=x.dtype) / DIM)
-            return torch.complex(u[: DIM // 2], u[DIM // 2 :]) * torch.exp(1j * here.t * theta)
+            return paired(u) * torch.exp(1j * here.t * theta)
 
         k, v, q = w.map("k", x), w.map("v", x), w.map("q", x)
         for g in range(KEYS):
@@ -25,21 +31,27 @@ def attention(window: int | None):
         out = []
         for h in range(QUERIES):
             g, q_h = h // (QUERIES // KEYS), turned(q[DIM * h : DIM * (h + 1)])
-            scores = torch.stack([(q_h * here.memory["k", g, s].conj()).sum().real for s in seen]) / DIM**0.5
+            keys, values = ([here.memory[name, g, s] for s in seen] for name in "kv")
+            if persistent:
+                keys = [paired(w("persistent")[0, g, n]) for n in range(persistent)] + keys
+                values = [w("persistent")[1, g, n] for n in range(persistent)] + values
+            scores = torch.stack([(q_h * key.conj()).sum().real for key in keys]) / DIM**0.5
             weights = torch.exp(scores) / torch.exp(scores).sum()
-            out.append(weights @ torch.stack([here.memory["v", g, s] for s in seen]))
+            out.append(weights @ torch.stack(values))
         return w.map("out", torch.cat(out))
 
     return step
 
 
-@pytest.mark.parametrize(("recipe", "paper", "window"), [
-    ("transformer", "1706.03762, 2104.09864", None),
-    ("sliding-window", "2004.05150", 11),
+@pytest.mark.parametrize(("recipe", "paper", "window", "persistent"), [
+    ("transformer", "1706.03762, 2104.09864", None, 0),
+    ("sliding-window", "2004.05150", 11, 0),
+    ("sliding-window", "2004.05150 (3 persistent keys)", 11, 3),
 ])
-def test_attention(record_proof, recipe, paper, window):
+def test_attention(record_proof, recipe, paper, window, persistent):
     sizes = {"query": QUERIES, "key_value": KEYS, "dim": DIM}
     heads = [f"model.mixers.attention.heads.{k}={v}" for k, v in sizes.items()]
-    more = [] if window is None else [f"model.mixers.attention.window={window}"]
+    more = [f"model.mixers.attention.persistent={persistent}"] if persistent else []
+    more += [] if window is None else [f"model.mixers.attention.window={window}"]
     prove(record_proof, recipe, paper, model_of(recipe, heads + more),
-          lambda w, tokens: model_loop(w, tokens, [[attention(window), swiglu]] * 2, rms_norm()))
+          lambda w, tokens: model_loop(w, tokens, [[attention(window, persistent), swiglu]] * 2, rms_norm()))
