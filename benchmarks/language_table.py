@@ -141,8 +141,9 @@ def table() -> None:
         "## One sequence of 65,536 tokens", "",
         f"The same weights (trained on {SHORT:,} bytes, 256 tokens at a time) over one sequence of validation text, "
         "256 times longer than any they were trained on, the state carried from start to end and never reset: bits per "
-        "byte by position. A memory that learns while it reads runs 65,536 steps of its own optimiser here, at the rate "
-        "it has by default. Full attention leaves the positions it knows; what has a window or forgets does not.", "",
+        "byte by position. A memory that learns while it reads runs 65,536 steps of its own optimiser here, at the "
+        "rate it has by default. Full attention leaves the positions it knows; what has a window or "
+        "forgets does not.", "",
         *lasting(found), "",
         f"## After {LONG:,} bytes", "", "The recipes that were trained longer.", "", *trained(found, LONG), "",
     ]

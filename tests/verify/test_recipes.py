@@ -37,7 +37,7 @@ def test_verification_size_keeps_each_kind_of_layer_and_shortens_windows():
 def test_only_runs_the_checks_that_are_named_and_refuses_what_names_none():
     found = verify("transformer", only=["packed", "bit-equal"])
     assert [r.name.split(" ")[0] for r in found.results] == ["packed", "weights"]
-    with pytest.raises(ValueError, match="no check's name has any of \\['pakced'\\]; they are: parallel"):
+    with pytest.raises(ValueError, match="no check's name has any of \\['pakced'\\]; they are: causal"):
         verify("transformer", only=["pakced"])
 
 
