@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,17 @@ def _stack(trees: list[Tree]) -> Tree:
     return _map(lambda *parts: torch.stack(parts, 1), *trees)
 
 
+def _tokens(x: Tree) -> list[Tree]:
+    """The tree of every token. All views at once: one by one, each costs the backward pass a tensor as large as x."""
+    split: list[Sequence[Tensor]] = []
+    _map(lambda leaf: split.append(leaf.unbind(1)), x)
+
+    def tree(leaves: Iterator[Tensor]) -> Tree:
+        return _map(lambda _: next(leaves), x)
+
+    return [tree(iter(parts)) for parts in zip(*split)]
+
+
 def sequential(
     step: Callable[[Any, Any], tuple[Any, Any]],
     x: Tree,
@@ -98,15 +109,15 @@ def sequential(
         raise ValueError(f"sequential: checkpoint={checkpoint} and emit={emit}; give checkpoint >= 0, emit >= 1")
     T = sizes[0][1]
 
-    def run(start: int, stop: int, x: Tree, state: Tree, reset: Tensor | None, write: Tensor | None):
+    def run(start: int, x: Tree, state: Tree, reset: Tensor | None, write: Tensor | None):
         out, emitted = [], []
-        for t in range(start, stop):
-            if emit is not None and t % emit == 0:
+        for t, x_t in enumerate(_tokens(x)):
+            if emit is not None and (start + t) % emit == 0:
                 emitted.append(state)
             if reset is not None:
-                state = _restart(reset[:, t - start], state, initial)
-            y, new = step(_map(lambda leaf, i=t - start: leaf[:, i], x), state)
-            state = new if write is None else _partly(write[:, t - start], state, new)
+                state = _restart(reset[:, t], state, initial)
+            y, new = step(x_t, state)
+            state = new if write is None else _partly(write[:, t], state, new)
             out.append(y)
         return _stack(out), state, emitted
 
@@ -115,7 +126,7 @@ def sequential(
     for start in range(0, T, length):
         stop = min(start + length, T)
         args = (
-            start, stop, _map(lambda leaf, s=slice(start, stop): leaf[:, s], x), state,
+            start, _map(lambda leaf, s=slice(start, stop): leaf[:, s], x), state,
             *(None if gate is None else gate[:, start:stop] for gate in (reset, write)),
         )
         if checkpoint and torch.is_grad_enabled():
