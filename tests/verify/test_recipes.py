@@ -18,7 +18,8 @@ def test_recipe_passes_in_six_seconds(name):
     found = verify(name)
     assert [(r.name, r.value, r.tolerance, r.note) for r in found.results if r.passed is False] == []
     left_out = [r.note for r in found.results if r.passed is None]
-    assert set(left_out) <= {"local mixing stands before a memory: read-only tokens would enter its taps"}
+    assert set(left_out) <= {"local mixing stands before a memory: read-only tokens would enter its taps",
+                             "the design declares gradients that are no derivatives"}
     if found.seconds > SECONDS:
         # The machine may be shared: the second try counts only the time in which it worked for this process.
         start = time.process_time()

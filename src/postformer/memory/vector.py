@@ -18,6 +18,7 @@ from postformer.design.base import Design, Scales
 from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.design.registry import register
+from postformer.layers.spike import Surrogate
 from postformer.memory.matrix_design import Local, _local
 from postformer.memory.vectors import resolve
 
@@ -25,7 +26,7 @@ from postformer.memory.vectors import resolve
 class VectorDesign(Design):
     kind: Literal["vector"] = "vector"
     parameterisation: str = "mamba1"
-    """mamba1, rglru, hgrn, mingru, s4d or s5"""
+    """mamba1, rglru, hgrn, mingru, s4d, s5 or lif"""
     dim_inner: Annotated[int | None, Scales()] = Field(default=None, ge=1)
     """Channels of the recurrence; None: 2 width for mamba1, width otherwise"""
     dim_state: int = Field(default=16, ge=1)
@@ -39,6 +40,10 @@ class VectorDesign(Design):
     bias: bool = False
     """On the projections in and out"""
     local: Annotated[Local, BeforeValidator(_local)] = Local()
+    threshold: float = Field(default=1.0, gt=0)
+    """At which a neuron spikes (lif)"""
+    surrogate: Surrogate = "atan"
+    """Gradient of a spike (lif)"""
     eps: float = Field(default=1e-6, gt=0)
     forget_at: Literal["segment", "document", "stream"] = "document"
 
@@ -47,7 +52,7 @@ class VectorDesign(Design):
         if self.local.kind == "shift":
             raise ValueError("a vector memory mixes neighbours by local: conv4, not by shift")
         uses, fields = resolve(self.parameterisation).uses, type(self).model_fields
-        for name in ("dim_inner", "dim_state", "rank", "inner_norm", "blocks", "bias", "local"):
+        for name in ("dim_inner", "dim_state", "rank", "inner_norm", "blocks", "bias", "local", "threshold", "surrogate"):
             if name not in uses and getattr(self, name) != fields[name].default:
                 raise ValueError(f"'{name}' means nothing to parameterisation '{self.parameterisation}'; leave it out")
         if self.parameterisation == "s5" and self.dim_state % 2:
@@ -86,7 +91,8 @@ class Vector(Mixer):
 
     @classmethod
     def traits(cls, design: VectorDesign) -> Traits:
-        return Traits(soft_gates=design.local.kind == "none", native_emit=False)
+        return Traits(soft_gates=design.local.kind == "none", native_emit=False,
+                      exact_gradients=resolve(design.parameterisation).exact_gradients)
 
     @classmethod
     def choices(cls, design: VectorDesign) -> Choices:

@@ -162,3 +162,22 @@ def test_spiking_neurons(record_proof, reset, surrogate, threshold):
     model = model_of("lif", [f"model.mixers.memory.{k}={v}" for k, v in options.items()])
     prove(record_proof, "lif", f"2109.12894 ({reset} reset, {surrogate})", model, lambda w, tokens: model_loop(
         w, tokens, [[neurons(reset, surrogate, threshold), swiglu]] * 2, rms_norm()))
+
+
+def neurons_without_reset(surrogate: str, threshold: float):
+    def step(w: Weights, x: Tensor, here: Here) -> Tensor:
+        """2304.12760, the neuron before it is generalised: u_t = sum_s lambda^(t - s) W x_s, s_t = [u_t > theta]."""
+        here.memory["i", here.t] = w.map("params.input", x)
+        decay = sigmoid(w("params.decay"))
+        u = sum(decay ** (here.t - s) * here.memory["i", s] for s in range(here.t + 1))
+        return w.map("params.out", fired(torch.as_tensor(u) - threshold, surrogate))
+
+    return step
+
+
+@pytest.mark.parametrize(("surrogate", "threshold"), [("atan", 1.0), ("fast-sigmoid", 0.6)])
+def test_spiking_neurons_without_a_reset(record_proof, surrogate, threshold):
+    model = model_of("lif-parallel", [f"model.mixers.memory.surrogate={surrogate}",
+                                      f"model.mixers.memory.threshold={threshold}"])
+    prove(record_proof, "lif-parallel", f"2304.12760 ({surrogate})", model, lambda w, tokens: model_loop(
+        w, tokens, [[neurons_without_reset(surrogate, threshold), swiglu]] * 2, rms_norm()))

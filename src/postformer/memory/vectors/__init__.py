@@ -21,6 +21,8 @@ class Unit(nn.Module):
     """Fields of the design that mean something here; others are refused"""
     four: ClassVar[Choices]
     """The four choices in words"""
+    exact_gradients: ClassVar[bool] = True
+    """False: surrogate gradients"""
 
     def forward(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         raise NotImplementedError
@@ -34,7 +36,7 @@ class Unit(nn.Module):
 
 
 _family = Named(__name__, {"mamba1": "mamba1", "rglru": "rglru", "hgrn": "gated", "mingru": "gated", "s4d": "spaces",
-                           "s5": "spaces"})
+                           "s5": "spaces", "lif": "lif"})
 unit, resolve = _family.register, _family.resolve
 
 
