@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from postformer.contract.context import Context
+from postformer.contract.mixer import Out
 from postformer.objective import Batch, NextToken
 
-Output = namedtuple("Output", "logits state losses")
+Output = namedtuple("Output", "logits state losses measured")
 
 
 class Table(nn.Module):
@@ -20,10 +21,11 @@ class Table(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.table = nn.Parameter(torch.randn(vocab, vocab, generator=generator))
         self.losses, self.design, self.seen = losses or {}, SimpleNamespace(vocab=vocab), []
+        self.measured = {}
 
     def hidden(self, tokens, ctx=None, *, select=None):
         x = nn.functional.one_hot(tokens, self.design.vocab).float()
-        return (x if select is None else x[select]), self.losses
+        return Out(x if select is None else x[select], losses=self.losses, measured=self.measured)
 
     def logits(self, x):
         self.seen.append(x.shape[0])
@@ -32,7 +34,7 @@ class Table(nn.Module):
     def forward(self, tokens, state=None, ctx=None, *, select=None):
         self.select = select
         logits = self.table[tokens]
-        return Output(logits if select is None else logits[select], None, self.losses)
+        return Output(logits if select is None else logits[select], None, self.losses, self.measured)
 
 
 def by_hand(model, tokens, targets):
@@ -89,6 +91,14 @@ def test_auxiliary_losses_are_weighed_and_kept_out_of_the_reported_loss():
         assert loss.item() == pytest.approx(plain.item() + extra)
         assert float(metrics["loss"]) == pytest.approx(plain.item())
         assert float(metrics["auxiliary"]) == pytest.approx(extra)
+
+
+@pytest.mark.parametrize("chunk", [1 << 25, 1])
+def test_what_the_model_measures_is_passed_on(chunk):
+    model, batch = Table(), (torch.tensor([[0, 1]]), torch.tensor([[1, 1]]))
+    assert "measured" not in NextToken(chunk_elements=chunk).loss(model, batch)[1]
+    model.measured = {"0.1.load": torch.tensor([3, 1])}
+    assert NextToken(chunk_elements=chunk).loss(model, batch)[1]["measured"] == model.measured
 
 
 def test_nothing_scored_is_no_loss():

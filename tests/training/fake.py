@@ -15,6 +15,7 @@ class Output(NamedTuple):
     logits: torch.Tensor
     state: torch.Tensor
     losses: dict
+    measured: dict
 
 
 class FakeModel(nn.Module):
@@ -50,4 +51,4 @@ class FakeModel(nn.Module):
             h = new if ctx is None or ctx.valid is None else torch.where(ctx.valid[:, t, None], new, h)
             outputs.append(h)
         y = torch.stack(outputs, 1)
-        return Output(self.head(y if select is None else y[select]), h, self.losses)
+        return Output(self.head(y if select is None else y[select]), h, self.losses, {})

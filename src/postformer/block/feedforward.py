@@ -49,25 +49,29 @@ class FeedForwardDesign(Design):
 
 @register(FeedForwardDesign)
 class FeedForward(Mixer):
-    def __init__(self, design: FeedForwardDesign, site: Any) -> None:
+    def __init__(self, design: FeedForwardDesign, site: Any, role: str = "projection") -> None:
         super().__init__()
-        hidden = design.hidden(site.width)
+        self.design, hidden, bias = design, design.hidden(site.width), design.bias
         self.act = ACTIVATIONS[design.act]
-        self.gate = site.linear("gate", site.width, hidden, bias=design.bias) if design.kind != "mlp" else None
-        self.up = site.linear("up", site.width, hidden, bias=design.bias)
-        self.out = site.linear("out", hidden, site.dim_out, bias=design.bias)
+        self.gate = site.linear("gate", site.width, hidden, bias=bias, role=role) if design.kind != "mlp" else None
+        self.up = site.linear("up", site.width, hidden, bias=bias, role=role)
+        self.out = site.linear("out", hidden, site.dim_out, bias=bias, role=role)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """x [..., D] -> y [..., D_out]"""
+        if self.gate is None:
+            return self.out(self.act(self.up(x)))
+        return self.out(self.act(self.gate(x)) * self.up(x))
 
     def mix(self, x: Tensor, state: State, ctx: Context) -> Out:
-        if self.gate is None:
-            return Out(self.out(self.act(self.up(x))))
-        return Out(self.out(self.act(self.gate(x)) * self.up(x)))
+        return Out(self.transform(x))
 
     @classmethod
     def traits(cls, design: FeedForwardDesign) -> Traits:
         return Traits(two_way=True, stateful=False)
 
     @classmethod
-    def cost(cls, design: FeedForwardDesign, site: Any) -> Cost:
-        hidden, maps = design.hidden(site.width), 1 if design.kind == "mlp" else 2
-        up = sum((site.linear_cost(site.width, hidden, bias=design.bias) for _ in range(maps)), Cost())
-        return up + site.linear_cost(hidden, site.dim_out, bias=design.bias)
+    def cost(cls, design: FeedForwardDesign, site: Any, role: str = "projection") -> Cost:
+        hidden, maps, bias = design.hidden(site.width), 1 if design.kind == "mlp" else 2, design.bias
+        up = sum((site.linear_cost(site.width, hidden, bias=bias, role=role) for _ in range(maps)), Cost())
+        return up + site.linear_cost(hidden, site.dim_out, bias=bias, role=role)

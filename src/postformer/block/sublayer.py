@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from postformer.contract.context import Context
-from postformer.contract.mixer import Mixer, Out
+from postformer.contract.mixer import Mixer, Out, prefixed
 from postformer.contract.state import State
 from postformer.design.grammar import Sublayer as SublayerDesign
 
@@ -65,7 +65,7 @@ class Layer(Mixer):
     def forward(self, x: Tensor, state: State = None, ctx: Context | None = None) -> Out:
         ctx, pending = ctx or Context(), None
         state = self.initial(x.shape[0]) if state is None else state
-        states, emitted, published, losses = [], [], {}, {}
+        states, emitted, published, losses, measured = [], [], {}, {}, {}
         for i, sub in enumerate(self.sublayers):
             assert isinstance(sub, Sublayer)
             out = sub(x, pending, state[i], ctx)
@@ -78,12 +78,16 @@ class Layer(Mixer):
                 pending = out.y
             states.append(out.state)
             emitted.append(out.emitted)
-            losses.update({f"{i}.{k}": v for k, v in out.losses.items()})
+            losses |= prefixed(i, out.losses)
+            measured |= prefixed(i, out.measured)
             if sub.design.publish:
                 new = {name: out.published[what] for name, what in sub.design.publish.items()}
                 published |= new
                 ctx = ctx.replace(shared=extended(ctx.shared, new))
-        return Out(x, tuple(states), published, tuple(emitted) if ctx.emit else None, losses)
+        return Out(x, tuple(states), published, tuple(emitted) if ctx.emit else None, losses, measured)
+
+    def part(self, name: str) -> Any:
+        return self.sublayers[int(name)].runs
 
 
 def extended(shared: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:

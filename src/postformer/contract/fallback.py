@@ -50,8 +50,9 @@ def by_pieces(mixer: Mixer, x: Tensor, state: states.State, ctx: Context, traits
         for name in outs[0].published
     }
     losses = {name: torch.stack([o.losses[name] for o in outs]).mean() for name in outs[0].losses}
+    measured = {name: torch.stack([o.measured[name] for o in outs]).sum(0) for name in outs[0].measured}
     return outs[-1]._replace(
-        y=torch.cat([o.y for o in outs], 1), published=published, losses=losses,
+        y=torch.cat([o.y for o in outs], 1), published=published, losses=losses, measured=measured,
         emitted=stack_emitted(emitted) if ctx.emit else None,
     )
 

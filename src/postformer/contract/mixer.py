@@ -32,6 +32,9 @@ class Out(NamedTuple):
     """With ctx.emit = n: the state before tokens 0, n, 2n, ...; leaves [B, ceil(T/n), ...]."""
     losses: Mapping[str, Tensor] = EMPTY
     """Auxiliary scalars (router, halting); the objective decides what to do with them."""
+    measured: Mapping[str, Tensor] = EMPTY
+    """Detached sums over this call's valid tokens (counts), so that the parts of a batch add up. A call never changes
+    the model; what a mixer learns from such counts it learns in `after_step`."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class Traits:
     publishes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     """Names of publications it needs in ctx.shared."""
+
+
+def prefixed(prefix: str | int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Losses or measurements of a child as "PREFIX.NAME"; `Mixer.part` leads back from the prefix to the child."""
+    return {f"{prefix}.{name}": value for name, value in values.items()}
 
 
 def joined(each: Sequence[Traits]) -> Traits:
@@ -126,6 +134,14 @@ class Mixer(nn.Module):
     def initial(self, batch: int, condition: Tensor | None = None) -> State:
         """The state before the first token; None for a mixer without state."""
         return None
+
+    def after_step(self, measured: Mapping[str, Tensor]) -> None:
+        """Called by the trainer after each optimiser step, with the sums of what this mixer measured in the step's
+        calls (over all its uses, if it is shared). The one place where a mixer may change its own buffers."""
+
+    def part(self, name: str) -> Any:
+        """The child whose losses and measurements this mixer passes on under the prefix `name`."""
+        return getattr(self, name)
 
     @classmethod
     def traits(cls, design: Any) -> Traits:

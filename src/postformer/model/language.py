@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from postformer.contract.context import EMPTY, Context, placed
-from postformer.contract.mixer import Out
+from postformer.contract.mixer import Mixer, Out
 from postformer.contract.state import State
 from postformer.design.grammar import Model
 from postformer.layers.norm import make_norm
@@ -31,6 +31,8 @@ class LMOutput(NamedTuple):
     losses: Mapping[str, Tensor] = EMPTY
     emitted: State = None
     published: Mapping[str, Any] = EMPTY
+    measured: Mapping[str, Tensor] = EMPTY
+    """By the place in the stack: "LAYER.SUBLAYER.NAME", with a composite's "of.INDEX" between"""
 
 
 class LanguageModel(nn.Module):
@@ -78,13 +80,30 @@ class LanguageModel(nn.Module):
         """tokens [B, T] int64; select [B, T] bool: logits only there, as [N, vocab]. Positions are set here."""
         out, state = self.run(self.embed(tokens), state, ctx)
         logits = self.logits(out.y if select is None else out.y[select])
-        return LMOutput(logits, state, out.losses, out.emitted, out.published)
+        return LMOutput(logits, state, out.losses, out.emitted, out.published, out.measured)
 
-    def hidden(self, tokens: Tensor, ctx: Context | None = None, *, select: Tensor | None = None
-               ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """(what `logits` takes, [B, T, width] or [N, width]; auxiliary losses): for logits taken in parts."""
+    def hidden(self, tokens: Tensor, ctx: Context | None = None, *, select: Tensor | None = None) -> Out:
+        """Out whose y [B, T, width] or [N, width] is what `logits` takes: for logits taken in parts."""
         out, _ = self.run(self.embed(tokens), None, ctx)
-        return out.y if select is None else out.y[select], out.losses
+        return out if select is None else out._replace(y=out.y[select])
+
+    def mixer_at(self, path: str) -> Mixer:
+        """The mixer that measured, or lost, what the model's output calls "PATH.NAME"."""
+        found: Any = self.stack
+        for name in path.split("."):
+            found = found.part(name) if isinstance(found, Mixer) else getattr(found, name)
+        return found
+
+    @torch.no_grad()
+    def after_step(self, measured: Mapping[str, Tensor]) -> None:
+        """Hand every mixer the sums of what it measured in the calls of one optimiser step."""
+        sums: dict[Mixer, dict[str, Tensor]] = {}
+        for path, value in measured.items():
+            place, _, name = path.rpartition(".")
+            own = sums.setdefault(self.mixer_at(place), {})
+            own[name] = own[name] + value if name in own else value
+        for mixer, own in sums.items():
+            mixer.after_step(own)
 
     def logits(self, y: Tensor) -> Tensor:
         """[..., width] -> [..., vocab]"""

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from postformer.block.sublayer import Layer, Reference, Sublayer, extended
 from postformer.contract.context import Context
-from postformer.contract.mixer import Mixer, Out
+from postformer.contract.mixer import Mixer, Out, prefixed
 from postformer.contract.state import State
 from postformer.design.grammar import Model
 from postformer.design.plan import Planned, planned, shared_places, used_copies
@@ -53,7 +53,7 @@ class Stack(Mixer):
         ctx = ctx or Context()
         state = self.initial(x.shape[0]) if state is None else state
         ctx = ctx.replace(shared=extended(ctx.shared, {"embedding": x}))
-        states, emitted, losses, published = [], [], {}, {}
+        states, emitted, losses, measured, published = [], [], {}, {}, {}
         for i, layer in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 out: Any = checkpoint(layer, x, state[i], ctx, use_reentrant=False)
@@ -62,11 +62,15 @@ class Stack(Mixer):
             x = out.y
             states.append(out.state)
             emitted.append(out.emitted)
-            losses.update({f"{i}.{k}": v for k, v in out.losses.items()})
+            losses |= prefixed(i, out.losses)
+            measured |= prefixed(i, out.measured)
             if out.published:
                 published |= out.published
                 ctx = ctx.replace(shared=extended(ctx.shared, out.published))
         x = self.norm(x)
         if ctx.valid is not None:
             x = x.masked_fill(~ctx.valid[..., None], 0)
-        return Out(x, tuple(states), published, tuple(emitted) if ctx.emit else None, losses)
+        return Out(x, tuple(states), published, tuple(emitted) if ctx.emit else None, losses, measured)
+
+    def part(self, name: str) -> Any:
+        return self.layers[int(name)]

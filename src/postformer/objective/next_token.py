@@ -42,8 +42,9 @@ class NextToken:
         """-> (scalar to minimise, metrics).
 
         metrics: `loss` (nats per scored token, without auxiliary losses), `bits_per_token` (bits per byte where a token
-        is a byte), `tokens` (scored), `accuracy` of the most likely token, and `auxiliary` if the model has any: all
-        detached tensors except `tokens`. A batch without scored positions has loss 0. The generator is not used.
+        is a byte), `tokens` (scored), `accuracy` of the most likely token, `auxiliary` if the model has any, and what
+        it `measured` (sums by name) if it did: all detached tensors except `tokens`. A batch without scored positions
+        has loss 0. The generator is not used.
         """
         tokens, targets, ctx = Batch.of(batch)
         scored = targets != IGNORE
@@ -54,12 +55,11 @@ class NextToken:
         wanted = targets[scored] if sparse else targets.flatten()
 
         if self._chunks(model, wanted.numel()):
-            hidden, losses = model.hidden(tokens, ctx, select=select)
-            total, correct = self._in_chunks(model, hidden.flatten(0, -2), wanted)
+            out = model.hidden(tokens, ctx, select=select)
+            total, correct = self._in_chunks(model, out.y.flatten(0, -2), wanted)
         else:
             out = model(tokens, None, ctx, select=select)
             total, correct = _score(out.logits.flatten(0, -2), wanted)
-            losses = out.losses
         cross_entropy = total / max(count, 1)
         metrics: dict[str, Any] = {
             "loss": cross_entropy.detach(),
@@ -67,9 +67,11 @@ class NextToken:
             "tokens": count,
             "accuracy": correct / max(count, 1),
         }
-        if not losses:
+        if out.measured:
+            metrics["measured"] = out.measured
+        if not out.losses:
             return cross_entropy, metrics
-        extra = sum(self._weight_of(name) * value for name, value in losses.items())
+        extra = sum(self._weight_of(name) * value for name, value in out.losses.items())
         metrics["auxiliary"] = torch.as_tensor(extra).detach()
         return cross_entropy + extra, metrics
 

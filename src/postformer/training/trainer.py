@@ -212,6 +212,7 @@ class Trainer:
         whole = Batch.of(self.batch_at(step))
         count = max(self.objective.weight(whole), 1)
         sums: dict[str, Tensor] = {}
+        measured: dict[str, Tensor] = {}
         with out_of_memory(config):
             for part in whole.split(config.accumulate):
                 part = part.to(self.device)
@@ -220,6 +221,8 @@ class Trainer:
                     loss, metrics = self.objective.loss(model, part, generator)
                 (loss * share).backward()
                 metrics["total"] = loss.detach()
+                for name, value in metrics.pop("measured", {}).items():
+                    measured[name] = measured[name] + value if name in measured else value
                 for name in metrics.keys() - {"tokens"}:
                     sums[name] = sums.get(name, 0.0) + metrics[name] * share  # type: ignore[assignment]
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
@@ -228,6 +231,8 @@ class Trainer:
             rate = config.optimiser.learning_rate * multiple
             self._check(step, values["total"], float(norm), rate)
             self.optimisers.step(multiple)
+            if measured:
+                model.after_step(measured)  # type: ignore[operator]
         self.last_norm = float(norm)
         self.position.step = step + 1
         self.position.tokens += whole.tokens.numel()
@@ -235,6 +240,8 @@ class Trainer:
         if self.bytes_per_token:
             line["bits_per_byte"] = values["bits_per_token"] / self.bytes_per_token
         line |= {name: values[name] for name in ("accuracy", "auxiliary") if name in values}
+        if loads := [value for name, value in measured.items() if name.endswith(".load")]:
+            line["max_violation"] = max(float(load.max() / load.double().mean() - 1) for load in loads)
         return line | {"lr": rate, "grad_norm": float(norm), "new_tokens": whole.tokens.numel()}
 
     def _check(self, step: int, loss: float, norm: float, rate: float) -> None:

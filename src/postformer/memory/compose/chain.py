@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from postformer.contract.context import Context
-from postformer.contract.mixer import Mixer, Out, Traits, joined
+from postformer.contract.mixer import Mixer, Out, Traits, joined, prefixed
 from postformer.contract.state import State
 from postformer.design import registry
 from postformer.design.base import Design
@@ -56,6 +56,9 @@ class Chain(Composite):
 
 def gathered(y: Tensor, outs: list[Out], ctx: Context) -> Out:
     """A composite's Out from its children's."""
-    losses = {f"of.{i}.{k}": v for i, out in enumerate(outs) for k, v in out.losses.items()}
+    losses, measured = {}, {}
+    for i, out in enumerate(outs):
+        losses |= prefixed(f"of.{i}", out.losses)
+        measured |= prefixed(f"of.{i}", out.measured)
     emitted = tuple(out.emitted for out in outs) if ctx.emit else None
-    return Out(y, tuple(out.state for out in outs), emitted=emitted, losses=losses)
+    return Out(y, tuple(out.state for out in outs), emitted=emitted, losses=losses, measured=measured)
