@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, WithJsonSchema, mod
 
 from postformer.design import registry
 from postformer.design.base import Design, DesignError
+from postformer.design.linear import Linears, Lora
 
 VERSION = 1
 
@@ -94,6 +95,8 @@ class Model(Design):
     embedding: Embedding = Embedding()
     head: Head = Head()
     norm: AnyNorm = Norm()
+    linear: Linears = Linears()
+    """Of all mixers, by role"""
     mixers: dict[str, AnyMixer]
     layers: dict[str, tuple[Sublayer, ...]]
     shared: dict[str, Shared] = Field(default_factory=dict)
@@ -105,6 +108,10 @@ class Model(Design):
     def _named(self) -> Model:
         if not self.stack:
             raise ValueError("the stack is empty; give it at least one layer")
+        for role in Linears.model_fields:
+            if isinstance(lora := self.linear.of(role), Lora) and lora.rank > self.width:
+                raise ValueError(f"linear.{role}.rank is {lora.rank}, more than the width of {self.width}: such an "
+                                 "update is not of low rank. Give a smaller rank, or use kind: dense")
         return self
 
     def mixer_of(self, use: str | Design) -> Design:

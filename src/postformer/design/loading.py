@@ -320,20 +320,21 @@ def _fields(raw: Any, loc: tuple[Any, ...]) -> list[str]:
         elif str(part).startswith(("function-", "str", "lax-")):
             continue
         fields = getattr(at, "model_fields", {})
-        inner = _model_in(fields[part].annotation) if part in fields else at
+        inner = _model_in(fields[part].annotation, raw) if part in fields else at
         if inner is Design and isinstance(raw, dict) and "kind" in raw:
             inner = registry.resolve(raw["kind"]).Design
         at = inner or at
     return sorted(getattr(at, "model_fields", {}))
 
 
-def _model_in(annotation: Any) -> Any:
+def _model_in(annotation: Any, data: Any) -> Any:
+    """The class of design that an annotation allows; of several the one of the kind that the data names."""
     if isinstance(annotation, type) and issubclass(annotation, Design):
         return annotation
-    for arg in getattr(annotation, "__args__", ()):
-        if found := _model_in(arg):
-            return found
-    return None
+    found = [m for arg in getattr(annotation, "__args__", ()) if (m := _model_in(arg, data))]
+    kind = data.get("kind") if isinstance(data, dict) else None
+    named = [m for m in found if "kind" in m.model_fields and m.model_fields["kind"].default == kind]
+    return (named or found or [None])[0]
 
 
 def _line(text: str, path: str) -> int | None:

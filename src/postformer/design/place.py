@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from postformer.design import cost as costs
 from postformer.design import registry
 from postformer.design.base import Design, DesignError
 from postformer.design.cost import Cost
+from postformer.design.linear import Linears
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,12 @@ class Place:
     publish: frozenset[str] = frozenset()
     identity: str = ""
     """The same for all uses of one mixer, different for different ones"""
+    linears: Linears = field(default_factory=Linears)
+    """Which linear map each role has"""
 
     def linear_cost(self, d_in: int, d_out: int, *, bias: bool = False, role: str = "projection") -> Cost:
         """Cost of what `site.linear` makes for this role."""
-        return costs.linear(d_in, d_out, bias)
+        return self.linears.of(role).cost(d_in, d_out, bias)
 
     def child(self, name: str, width: int | None = None) -> Place:
         """The place of a child mixer: same layer, x of `width` channels."""

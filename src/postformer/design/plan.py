@@ -58,7 +58,7 @@ def planned(model: Model) -> Iterator[list[Planned]]:
             place = Place(
                 path=f"stack.{i}.{j}", layer=i, num_layers=len(model.stack), rank=seen[key], count=counts[key],
                 width=input_width(sub, model), dim_out=model.width, publish=frozenset(sub.publish.values()),
-                identity=order[key],
+                identity=order[key], linears=model.linear,
             )
             if isinstance(sub.use, str) and sub.use in model.shared:
                 layer.append(Planned(sub, place, None, (sub.use, seen[key] % model.shared[sub.use].copies)))
@@ -74,7 +74,7 @@ def shared_places(model: Model, name: str, copy: int, num_layers: int) -> list[P
         Planned(sub, Place(path=f"shared.{name}.{copy}.{j}", layer=0, num_layers=num_layers, rank=copy,
                            count=model.shared[name].copies, width=input_width(sub, model), dim_out=model.width,
                            publish=frozenset(sub.publish.values()),
-                           identity=f"shared.{name}.{j}"),
+                           identity=f"shared.{name}.{j}", linears=model.linear),
                 model.mixer_of(sub.use))
         for j, sub in enumerate(model.shared[name].layer)
     ]
@@ -95,7 +95,7 @@ def sublayer_cost(item: Planned, model: Model) -> Cost:
         block = shared_places(model, item.shared[0], item.shared[1], len(model.stack))
         total += sum((sublayer_cost(b, model) for b in block), Cost()).shared()
     if sub.out:
-        total += linear_cost(model.width, model.width)
+        total += item.place.linear_cost(model.width, model.width)
     if sub.scale == "learned":
         total += Cost(params=model.width)
     return total

@@ -9,6 +9,7 @@ from typing import Any
 
 from postformer.design import registry
 from postformer.design.grammar import Recipe
+from postformer.design.linear import KINDS
 
 TEMPLATE = "#/$defs/{model}"
 
@@ -47,6 +48,8 @@ def _short_forms(defs: dict[str, Any]) -> None:
     for name in ("Norm", "Local", "Read", "Update", "Retention"):
         if name in defs:
             defs[name] = {"anyOf": [defs[name], {"type": "string"}]}
+    for role in defs["Linears"]["properties"].values():
+        role["anyOf"].append({"enum": sorted(KINDS)})
     model = defs["Model"]
     layer = {"type": "array", "items": {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Sublayer"}]}}
     entry = {"anyOf": [

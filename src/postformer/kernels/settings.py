@@ -1,8 +1,9 @@
 """Which form of a kernel runs: one setting for all kernels, local to a thread or task.
 
 `with use(backend="reference"):` makes every kernel called with `backend="auto"` run token by token, and
-`with use(decay_scale=60.0):` multiplies the log-decays given to `gdr` and `selective_scan`. Both exist for checking:
-the first gives the answers to compare with, the second drives gates to where careless formulas overflow.
+`with use(decay_scale=60.0):` multiplies the log-decays given to `gdr` and `selective_scan`, and `with
+use(rounding=False):` takes the rounding out of quantised maps. All exist for checking: the first gives the answers to
+compare with, the second drives gates to where careless formulas overflow, the third makes outputs continuous.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ BACKENDS = ("auto", "reference", "parallel")
 
 @dataclass(frozen=True)
 class Settings:
-    """What is in force: `backend` for kernels called with "auto", and the factor on log-decays."""
+    """What is in force: `backend` for kernels called with "auto", the factor on log-decays, whether maps round."""
 
     backend: str = "auto"
     decay_scale: float = 1.0
+    rounding: bool = True
 
 
 DEFAULT = Settings()
@@ -33,12 +35,14 @@ def current() -> Settings:
 
 
 @contextmanager
-def use(*, backend: str | None = None, decay_scale: float | None = None) -> Iterator[Settings]:
+def use(*, backend: str | None = None, decay_scale: float | None = None,
+        rounding: bool | None = None) -> Iterator[Settings]:
     """Change settings inside a `with` block; what is not named stays as it was.
 
     backend: "auto" (by shape), "reference" (token by token) or "parallel". It decides only for kernels called with
     `backend="auto"`; a backend named in the call wins. decay_scale: factor >= 0 on the log-decays given to `gdr` and
-    `selective_scan`. Raises ValueError for any other backend or a negative factor.
+    `selective_scan`. rounding: False lets ternary maps and integer activations keep what they would round. Raises
+    ValueError for any other backend or a negative factor.
     """
     if backend is not None:
         check_backend(backend)
@@ -49,6 +53,7 @@ def use(*, backend: str | None = None, decay_scale: float | None = None) -> Iter
         old,
         backend=old.backend if backend is None else backend,
         decay_scale=old.decay_scale if decay_scale is None else float(decay_scale),
+        rounding=old.rounding if rounding is None else rounding,
     )
     token = _current.set(new)
     try:

@@ -13,6 +13,7 @@ from postformer.contract.mixer import Mixer
 from postformer.design import registry
 from postformer.design.base import Design
 from postformer.design.place import Place
+from postformer.layers.linear import make_linear
 
 Kind = Literal["matrix", "embedding", "head", "gate", "norm", "bias"]
 
@@ -56,12 +57,13 @@ class BuildSite(Place):
 
     def linear(self, name: str, d_in: int, d_out: int, *, bias: bool = False, role: str = "projection") -> nn.Module:
         """A linear map of this role, as the design says. Maps named `out` start smaller with depth."""
-        made = nn.Linear(d_in, d_out, bias=bias)
+        made = make_linear(self.linears.of(role), d_in, d_out, bias)
         std = d_in**-0.5 / (3**0.5)
         if name == "out":
             std /= (2 * self.num_layers) ** 0.5
         nn.init.normal_(made.weight, 0, std)
-        self.ledger.roles[id(made.weight)] = Role("matrix" if role != "gate" else "gate", True)
+        for parameter in made.parameters():  # low-rank updates as well
+            self.ledger.roles[id(parameter)] = Role("matrix" if role != "gate" else "gate", True)
         if made.bias is not None:
             nn.init.zeros_(made.bias)
             self.ledger.roles[id(made.bias)] = Role("bias", False)
