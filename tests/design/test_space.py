@@ -16,7 +16,8 @@ POINTS = st.fixed_dictionaries({
     "retention": st.fixed_dictionaries({"per": st.sampled_from(["none", "head", "channel"])},
                                        optional={"gate": st.sampled_from(["mamba", "gla", "sigmoid", "fixed"])}),
     "update": st.fixed_dictionaries({"steps": st.sampled_from([1, 2, 3])},
-                                    optional={"rate": st.sampled_from(["one", "sigmoid", "double-sigmoid"])}),
+                                    optional={"kind": st.sampled_from(["gradient", "gradient", "implicit"]),
+                                              "rate": st.sampled_from(["one", "sigmoid", "double-sigmoid"])}),
     "features": st.sampled_from(["none", "l2norm", "elu1", "softmax", ["silu", "l2norm"], ["relu"]]),
     "normaliser": st.sampled_from(["none", "none", "sum"]),
     "local": st.sampled_from(["none", "conv3", "shift"]),
@@ -31,7 +32,7 @@ CHECKS = ("token by token, fp64", "a later token", "pieces = whole, outputs", "p
 seen: Counter[str] = Counter()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None,
+@settings(max_examples=100, deadline=None, derandomize=True, database=None,
           suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(POINTS)
 def point(mixer):

@@ -104,6 +104,5 @@ class Matrix(AffineMemory):
         if read.norm != "none" and read.weight != "none":
             total += Cost(params=(normed if read.weight == "shared" else inner) * (2 if read.bias else 1))
         columns = dim_value + (design.normaliser == "sum" or design.parameterisation == "mlstm")
-        writes = params.micro_flops if design.parameterisation != "qkv" else \
-            2.0 + (4.0 if design.loss == "l2" else 2.0) * design.update.steps
-        return total + Cost(flops_per_token=writes * heads * dim_key * columns, state=4 * heads * dim_key * columns)
+        flops = params.flops(design) * heads * dim_key * columns
+        return total + Cost(flops_per_token=flops, state=4 * heads * dim_key * columns)

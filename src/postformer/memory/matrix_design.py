@@ -57,13 +57,15 @@ class Retention(Design):
 
 
 class Update(Design):
-    """The inner optimiser: one or several gradient steps of the inner loss per token."""
+    """The inner optimiser: one or several steps on the inner loss per token."""
 
-    kind: Literal["gradient"] = "gradient"
+    kind: Literal["gradient", "implicit"] = "gradient"
+    """gradient: a step along the gradient at the state before it. implicit: the exact minimum of
+    |S - S_{t-1}|^2 + rate |S^T k - v|^2, stable for keys of any norm (Longhorn, 2407.14207)"""
     rate: Literal["one", "sigmoid", "double-sigmoid"] | None = None
     """one: 1; sigmoid: in (0, 1); double-sigmoid: in (0, 2). None: sigmoid for l2, one for dot"""
     steps: int = Field(default=1, ge=1, le=8)
-    """Gradient steps per token, each with its own key, value and rate (DeltaProduct)"""
+    """Steps per token, each with its own key, value and rate (DeltaProduct)"""
 
 
 class Local(Design):
@@ -122,7 +124,8 @@ Feature = Literal["silu", "elu1", "relu", "softmax", "l2norm"]
 class MatrixDesign(Design):
     kind: Literal["matrix"] = "matrix"
     parameterisation: str = "qkv"
-    """How x becomes the kernel's arguments: qkv, or a paper's own (mamba2, rwkv7, hgrn2, mlstm)"""
+    """How x becomes the kernel's arguments: qkv, or a paper's own (mamba2, rwkv7, hgrn2, mlstm; comba,
+    gated-deltanet-2 and preconditioned, which go by the choices below as qkv does)"""
     heads: MatrixHeads = MatrixHeads()
     loss: Literal["dot", "l2"] = "dot"
     retention: Annotated[Retention, BeforeValidator(_retention)] = Retention()
@@ -152,26 +155,12 @@ class MatrixDesign(Design):
                              "leave heads.key out")
         if self.value_residual and self.parameterisation != "rwkv7":
             raise ValueError("value_residual belongs to parameterisation: rwkv7")
-        if self.parameterisation != "qkv":
-            fields = type(self).model_fields
-            fixed = {name for name in ("loss", "retention", "update", "features", "position", "normaliser")
-                     if getattr(self, name) != fields[name].default}
-            if fixed:
-                raise ValueError(f"'{min(fixed)}' is fixed by parameterisation '{self.parameterisation}'; "
-                                 "leave it out, or use parameterisation: qkv")
-            return self
-        if self.loss == "l2":
-            if not {"l2norm", "softmax"} & set(self.features):
-                raise ValueError("loss l2 needs keys of bounded norm, or the state diverges: set features: l2norm")
-            if self.normaliser == "sum":
-                raise ValueError("normaliser 'sum' divides by a sum of weights, which loss l2 does not have; "
-                                 "set normaliser: none")
-        if self.loss == "dot" and self.update.rate == "double-sigmoid":
-            raise ValueError("a rate in (0, 2) reflects what loss l2 erases; with loss dot use sigmoid or one")
-        if self.loss == "dot" and self.update.steps > 1 and self.retention.per == "none" and self.normaliser == "sum":
-            raise ValueError("several steps of loss dot only add heads; use steps: 1, or loss: l2")
-        if self.normaliser == "sum" and not {"elu1", "relu", "softmax"} & set(self.features):
-            raise ValueError("normaliser 'sum' needs positive features, or it divides by zero: set features: elu1")
+        fields = type(self).model_fields
+        fixed = {name for name in rule.fixed if getattr(self, name) != fields[name].default}
+        if fixed:
+            raise ValueError(f"'{min(fixed)}' is fixed by parameterisation '{self.parameterisation}'; "
+                             "leave it out, or use parameterisation: qkv")
+        rule.check(self)
         return self
 
     @property

@@ -17,8 +17,8 @@ from postformer.memory.named import Named
 class Rule(nn.Module):
     """x [B, T, D] -> (GDR, local state). Reads what earlier sites published only through ctx.shared."""
 
-    micro_flops: ClassVar[float] = 4.0
-    """FLOPs per dim_key x dim_value and token of the recurrence: 2 each for erase, write, add, read"""
+    fixed: ClassVar[frozenset[str]] = frozenset({"loss", "retention", "update", "features", "position", "normaliser"})
+    """Choices of the design that the paper's mapping makes itself"""
     local: ClassVar[tuple[str, ...]] = ("none",)
     """Kinds of local mixing it can have"""
     grouped: ClassVar[bool] = False
@@ -37,8 +37,17 @@ class Rule(nn.Module):
         return None
 
     @classmethod
+    def check(cls, design: Any) -> None:
+        """ValueError with a remedy for choices that make no sense together."""
+
+    @classmethod
     def choices(cls, design: Any) -> Choices:
         return cls.four
+
+    @classmethod
+    def flops(cls, design: Any) -> float:
+        """Per dim_key x dim_value and token of the recurrence: 2 each for erase, write, add, read."""
+        return 4.0
 
     @classmethod
     def cost(cls, design: Any, site: Any) -> Cost:
@@ -46,7 +55,10 @@ class Rule(nn.Module):
         raise NotImplementedError
 
 
-_family = Named(__name__, {name: name for name in ("qkv", "mamba2", "rwkv7", "hgrn2", "mlstm")})
+_family = Named(__name__, {
+    "qkv": "qkv", "mamba2": "mamba2", "rwkv7": "rwkv7", "hgrn2": "hgrn2", "mlstm": "mlstm", "comba": "comba",
+    "gated-deltanet-2": "gated_deltanet2", "preconditioned": "preconditioned",
+})
 rule, resolve = _family.register, _family.resolve
 
 

@@ -2,6 +2,9 @@
 
 Loss l2: e = k, w = beta k, u = v (delta rule). Loss dot: k_add = beta k, v_add = v (linear attention). With R steps
 each has its own k, v and beta (DeltaProduct, 2502.10297).
+
+An implicit step of rate beta on the l2 loss, S = argmin |S - S_{t-1}|^2 + beta |S^T k - v|^2, is the gradient step of
+size beta / (1 + beta |k|^2) (Longhorn, 2407.14207): it never overshoots, so keys need no norm.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ FEATURES = {
 
 @rule("qkv")
 class Qkv(Rule):
+    fixed = frozenset()
     local = ("none", "conv", "shift")
     grouped = True
 
@@ -48,7 +52,7 @@ class Qkv(Rule):
         self.k = site.linear("k", site.width, self.widths[1])
         self.v = site.linear("v", site.width, self.widths[2])
         self.rate = (site.linear("rate", site.width, self.value_heads * self.steps, role="gate")
-                     if design.rate != "one" else None)
+                     if self.rated(design) else None)
         self.decay = Decay(design, site)
         self.columns = self.dim_value + (design.normaliser == "sum")
         local = design.local
@@ -62,6 +66,11 @@ class Qkv(Rule):
         return None if self.mix is None else self.mix.new_zeros(batch, 1, self.mix.shape[0])
 
     def forward(self, x: Tensor, local: State, ctx: Context) -> tuple[GDR, State]:
+        x, q, k, v, local = self.project(x, local, ctx)
+        return self.arguments(x, q, k, v), local
+
+    def project(self, x: Tensor, local: State, ctx: Context) -> tuple[Tensor, Tensor, Tensor, Tensor, State]:
+        """(x as the gates see it, q [B, H, T, dk], k and v [B, H, R*T, d], local state)"""
         if self.mix is not None:
             before, local = token_shift(x, local, ctx, self.design.forget_at)
             x = torch.lerp(x, before, self.mix.to(x.dtype))
@@ -77,14 +86,25 @@ class Qkv(Rule):
             q = q * self.dim_key**-0.5
         else:
             v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-        g = self.decay(x)
-        beta = 1.0
+        return x, q, k, v, local
+
+    def arguments(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> GDR:
+        g, w = self.decay(x), self.written(x, k)
+        if self.design.loss == "l2":
+            return GDR(q, g, w=w, e=k, u=v)
+        return GDR(q, g, k_add=w, v_add=v)
+
+    def written(self, x: Tensor, k: Tensor) -> Tensor:
+        """Keys times the size of their step: [B, H, R*T, dk]"""
+        if self.rate is None and self.design.update.kind == "gradient":
+            return k
+        beta = k.new_ones(())
         if self.rate is not None:
             beta = torch.sigmoid(fp32(self.rate(x))) * (2 if self.design.rate == "double-sigmoid" else 1)
-            beta = self._steps(beta, self.value_heads).to(k.dtype)
-        if self.design.loss == "l2":
-            return GDR(q, g, w=k * beta, e=k, u=v), local
-        return GDR(q, g, k_add=k * beta, v_add=v), local
+            beta = self._steps(beta, self.value_heads)
+        if self.design.update.kind == "implicit":
+            beta = beta / (1 + beta * fp32(k).square().sum(-1, keepdim=True))
+        return k * beta.to(k.dtype)
 
     def _features(self, x: Tensor, ctx: Context) -> Tensor:
         """x [B, T, heads, d]"""
@@ -104,17 +124,55 @@ class Qkv(Rule):
         return heads(x, count, group)
 
     @classmethod
-    def choices(cls, design: MatrixDesign) -> Choices:
-        r, steps = design.retention, design.update.steps
-        retention = {"none": "none"}.get(r.per) or (
+    def check(cls, design: MatrixDesign) -> None:
+        update = design.update
+        if design.loss == "l2":
+            if update.kind == "gradient" and not {"l2norm", "softmax"} & set(design.features):
+                raise ValueError("loss l2 needs keys of bounded norm, or the state diverges: set features: l2norm, or "
+                                 "update: implicit")
+            if design.normaliser == "sum":
+                raise ValueError("normaliser 'sum' divides by a sum of weights, which loss l2 does not have; "
+                                 "set normaliser: none")
+            if update.kind == "implicit" and design.rate == "double-sigmoid":
+                raise ValueError("a rate in (0, 2) is for reflections, and an implicit step never goes past its "
+                                 "target; use rate: sigmoid, or kind: gradient")
+        if design.loss == "dot" and update.kind == "implicit":
+            raise ValueError("loss dot is linear in S, so that an implicit step is a gradient step; use "
+                             "kind: gradient, or loss: l2")
+        if design.loss == "dot" and update.rate == "double-sigmoid":
+            raise ValueError("a rate in (0, 2) reflects what loss l2 erases; with loss dot use sigmoid or one")
+        if design.loss == "dot" and update.steps > 1 and design.retention.per == "none" and design.normaliser == "sum":
+            raise ValueError("several steps of loss dot only add heads; use steps: 1, or loss: l2")
+        if design.normaliser == "sum" and not {"elu1", "relu", "softmax"} & set(design.features):
+            raise ValueError("normaliser 'sum' needs positive features, or it divides by zero: set features: elu1")
+
+    @classmethod
+    def rated(cls, design: MatrixDesign) -> bool:
+        """The size of a step is chosen by the input, one number per head and step."""
+        return design.rate != "one"
+
+    @staticmethod
+    def retained(design: MatrixDesign) -> tuple[str, str]:
+        """The retention in words, and what it leaves of S_{t-1}."""
+        r = design.retention
+        words = {"none": "none"}.get(r.per) or (
             "fixed decay per head" if r.gate == "fixed" else f"decay per {r.per}, chosen by the input")
+        return words, {"none": "S_{t-1}", "head": "a_t S_{t-1}", "channel": "Diag(a_t) S_{t-1}"}[r.per]
+
+    @classmethod
+    def choices(cls, design: MatrixDesign) -> Choices:
+        steps, kind = design.update.steps, design.update.kind
+        retention, keep = cls.retained(design)
         size = {"one": "1", "sigmoid": "in (0, 1)", "double-sigmoid": "in (0, 2)"}[design.rate]
-        update = f"{'one gradient step' if steps == 1 else f'{steps} gradient steps'} of size {size}"
-        keep = {"none": "S_{t-1}", "head": "a_t S_{t-1}", "channel": "Diag(a_t) S_{t-1}"}[r.per]
+        size = f"of size {size}" if kind == "gradient" else f"of rate {size}"
+        update = f"{f'one {kind} step' if steps == 1 else f'{steps} {kind} steps'} {size}"
         rate = "" if design.rate == "one" else "b_t "
         if design.loss == "l2":
             times = "" if steps == 1 else f"  ({steps} times per token)"
-            rule = f"S_t = (I - b_t k_t k_t^T) {keep} + b_t k_t v_t^T{times}"
+            step = "b_t" if kind == "gradient" else "c_t"
+            rule = f"S_t = (I - {step} k_t k_t^T) {keep} + {step} k_t v_t^T{times}"
+            if kind == "implicit":
+                rule += f", c_t = {rate or '1 '}/ (1 + {rate}|k_t|^2)"
         else:
             rule = f"S_t = {keep} + {rate}k_t v_t^T"
         read = "o_t = S_t^T q_t" + (" / (z_t . q_t)" if design.normaliser == "sum" else "")
@@ -122,14 +180,35 @@ class Qkv(Rule):
                        retention, update, f"{rule};  {read}")
 
     @classmethod
+    def flops(cls, design: MatrixDesign) -> float:
+        return 2.0 + (4.0 if design.loss == "l2" else 2.0) * design.update.steps
+
+    @classmethod
     def cost(cls, design: MatrixDesign, site: Any) -> Cost:
         value_heads, key_heads, dim_key, dim_value = design.sizes(site.width)
         steps = design.update.steps
         widths = [key_heads * dim_key, key_heads * dim_key * steps, value_heads * dim_value * steps]
         total = sum((site.linear_cost(site.width, w) for w in widths), Cost()) + Decay.cost(design, site)
-        if design.rate != "one":
+        if cls.rated(design):
             total += site.linear_cost(site.width, value_heads * steps, role="gate")
         total += ShortConvolution.cost(sum(widths), design.local)
         if design.local.kind == "shift":
             total += Cost(params=site.width, state=4 * site.width)
         return total
+
+
+class OneStep(Qkv):
+    """What the papers share that change how one delta-rule step a token erases or writes."""
+
+    @classmethod
+    def check(cls, design: MatrixDesign) -> None:
+        super().check(design)
+        name = design.parameterisation
+        if design.loss != "l2":
+            raise ValueError(f"parameterisation '{name}' says how to erase, and loss {design.loss} erases nothing; "
+                             "set loss: l2")
+        if design.update.kind != "gradient" or design.update.steps > 1:
+            raise ValueError(f"parameterisation '{name}' takes one gradient step a token; leave update.kind and "
+                             "update.steps out, or use parameterisation: qkv")
+        if design.rate == "double-sigmoid":
+            raise ValueError(f"a rate in (0, 2) can make the state of parameterisation '{name}' grow; use sigmoid")

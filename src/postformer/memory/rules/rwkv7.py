@@ -59,7 +59,6 @@ class Rwkv7(Rule):
     four = Choices("matrix", "l2", "decay per channel, chosen by the input",
                    "one gradient step, a rate a_t for every channel",
                    "S_t = (Diag(w_t) - (a_t .* c_t) c_t^T) S_{t-1} + k_t v_t^T;  o_t = S_t^T r_t")
-    micro_flops = 8.0
 
     def __init__(self, design: MatrixDesign, site: Any) -> None:
         super().__init__()
@@ -107,6 +106,10 @@ class Rwkv7(Rule):
                    k_add=heads(k, self.heads), v_add=heads(v, self.heads), erase_before_decay=True,
                    aux={"bonus": bonus, "gate": self.gate(g), "value": first})
         return rule, local
+
+    @classmethod
+    def flops(cls, design: MatrixDesign) -> float:
+        return 8.0
 
     @classmethod
     def cost(cls, design: MatrixDesign, site: Any) -> Cost:
