@@ -4,7 +4,8 @@ Each has a token-by-token reference that is obviously right and, where one exist
 numbers; `use` chooses between them for everything inside a `with` block.
 
 gdr: matrix memory with decay, erase and write. scan, max_plus_scan, selective_scan, fft_convolution: elementwise
-memories. sequential: any step function. attention: a list of keys and values.
+memories. kalman_gains, precision, ridge_solve: second-order memories. sequential: any step function. attention: a list
+of keys and values.
 """
 
 from .attention import attention
@@ -14,6 +15,7 @@ from .scan import fft_convolution, max_plus_scan, scan
 from .selective import selective_scan
 from .sequential import sequential
 from .settings import Settings, current, use
+from .solve import kalman_gains, precision, ridge_solve
 
 __all__ = [
     "Settings",
@@ -22,7 +24,10 @@ __all__ = [
     "diagonal_system",
     "fft_convolution",
     "gdr",
+    "kalman_gains",
     "max_plus_scan",
+    "precision",
+    "ridge_solve",
     "scan",
     "selective_scan",
     "sequential",

@@ -1,0 +1,183 @@
+"""x_t = (H_t + Lambda_t)^{-1} q_t for every token, by conjugate gradients or Chebyshev iteration.
+
+H_t = exp(g_t) H_{t-1} + w_t k_t^T is the memory of linear attention with keys for values, so that a product with all
+H_t at once is one read of it. What the solver needs of it is computed once (the memory at chunk starts, and the
+masked products of queries and keys inside chunks); an iteration is then three matrix products.
+
+The model is `iterations` steps from x = 0, in both forms. Gradients are those of the solution, by solving the adjoint
+system with the same solver: with q's gradient z = (H + Lambda)^{-1} x', those of H and Lambda come from -z^T (dH +
+dLambda) x. They are the derivatives of what is returned as far as the solver has converged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import settings
+from .gdr import gdr
+from .scan import scan
+from .solve_kalman import RESET, segment_sums, symmetric
+
+Product = Callable[[Tensor], Tensor]
+"""p [..., d] -> (H + Lambda) p, for all tokens"""
+Solver = Callable[[Product, Tensor, Tensor, Tensor, int], Tensor]
+
+
+def conjugate_gradient(product: Product, q: Tensor, low: Tensor, high: Tensor, iterations: int) -> Tensor:
+    """A token whose residual has shrunk to rounding stays where it is: its steps would be noise over noise."""
+    x, r = torch.zeros_like(q), q
+    p, size = r, (r * r).sum(-1, keepdim=True)
+    enough = size * torch.finfo(q.dtype).eps ** 2
+    for _ in range(iterations):
+        moving = size > enough
+        ap = product(p)
+        step = torch.where(moving, size / torch.where(moving, (p * ap).sum(-1, keepdim=True), 1.0), 0.0)
+        x, r = x + step * p, r - step * ap
+        new = (r * r).sum(-1, keepdim=True)
+        p = r + torch.where(moving, new / torch.where(moving, size, 1.0), 0.0) * p
+        size = torch.where(moving, new, 0.0)
+    return x
+
+
+def chebyshev(product: Product, q: Tensor, low: Tensor, high: Tensor, iterations: int) -> Tensor:
+    """The polynomial in H + Lambda of this degree that is smallest on [low, high], which must hold its spectrum."""
+    middle, half = (high + low) / 2, (high - low) / 2
+    quarter = (half / middle / 2) ** 2
+    before, x, omega = torch.zeros_like(q), q / middle, torch.full_like(middle, 2.0)
+    for _ in range(iterations):
+        omega = 1 / (1 - quarter * omega)
+        before, x = x, omega * (x - (product(x) - q) / middle) + (1 - omega) * before
+    return x
+
+
+SOLVERS: dict[str, Solver] = {"conjugate-gradient": conjugate_gradient, "chebyshev": chebyshev}
+
+
+class _Adjoint(torch.autograd.Function):
+    """x, found elsewhere; the gradient of its residual is the solution of the adjoint system."""
+
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, x: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.solve = solve
+        return x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        with torch.no_grad():
+            return ctx.solve(grad), None, None
+
+
+def implicit(q: Tensor, product: Product, plain: Product, low: Tensor, high: Tensor, solver: Solver, iterations: int
+             ) -> Tensor:
+    """x with its implicit gradients: `product` carries a graph to what it is made of, `plain` is the same without."""
+    def solve(b: Tensor) -> Tensor:
+        return solver(plain, b, low, high, iterations)
+
+    with torch.no_grad():
+        x = solve(q)
+    if not torch.is_grad_enabled():
+        return x
+    return _Adjoint.apply(q - product(x), x, solve)  # type: ignore[return-value]
+
+
+def solve_recurrent(q: Tensor, k: Tensor, w: Tensor, g: Tensor | None, ridge: Tensor, ratio: Tensor | None, H: Tensor,
+                    reset: Tensor | None, solver: Solver, iterations: int) -> tuple[Tensor, Tensor]:
+    """Token by token with H written out; shapes as in ridge_solve, all in one dtype."""
+    out, H = [], symmetric(H)
+    for t in range(q.shape[2]):
+        if reset is not None:
+            H = H.masked_fill(reset[:, t, None, None, None], 0.0)
+        if g is not None:
+            H = g[:, :, t, :, None].exp() * H
+        H = H + w[:, :, t, :, None] @ k[:, :, t, None]
+        diagonal, norm = ridge[:, :, t], H.square().sum((-1, -2)).clamp_min(tiny(H))[..., None].sqrt()
+        if ratio is not None:
+            diagonal = diagonal + ratio[:, :, t] * norm
+
+        def product(p: Tensor, H: Tensor = H, diagonal: Tensor = diagonal) -> Tensor:
+            return (p[..., None, :] @ H).squeeze(-2) + diagonal * p
+
+        fixed, at, size = H.detach(), diagonal.detach(), norm.detach()
+
+        def plain(p: Tensor, H: Tensor = fixed, diagonal: Tensor = at) -> Tensor:
+            return (p[..., None, :] @ H).squeeze(-2) + diagonal * p
+
+        low, high = at.amin(-1, keepdim=True), at.amax(-1, keepdim=True) + size
+        out.append(implicit(q[:, :, t], product, plain, low, high, solver, iterations))
+    return torch.stack(out, 2), H
+
+
+def tiny(x: Tensor) -> float:
+    """Far below any square that matters, and with a finite square root's derivative."""
+    return 1e-30 if x.dtype == torch.float64 else 1e-20
+
+
+def solve_chunked(q: Tensor, k: Tensor, w: Tensor, g: Tensor | None, ridge: Tensor, ratio: Tensor | None, H: Tensor,
+                  reset: Tensor | None, solver: Solver, iterations: int, C: int) -> tuple[Tensor, Tensor]:
+    """As solve_recurrent, with reads of the memory for products."""
+    H = symmetric(H)
+    with settings.use(decay_scale=1.0):
+        def read(p: Tensor, **options: Any) -> Any:
+            return gdr(p, g, k_add=w, v_add=k, state=H, reset=reset, backend="parallel", **options)
+
+        # Reads come as p^T H: rows of H hold what w writes, columns what k is.
+        norm = _norms(read(k, read_before_update=True)[0], k, w, g, H, reset)
+        diagonal = ridge if ratio is None else ridge + ratio * norm
+        with torch.no_grad():
+            _, end, starts = read(k, emit=C)
+            fast = _Products(k, w, g, starts, reset, C, diagonal)
+            size = norm.detach()
+            low = diagonal.amin(-1, keepdim=True).expand_as(size)
+            high = diagonal.amax(-1, keepdim=True) + size
+        if not torch.is_grad_enabled():
+            return implicit(q, fast, fast, low, high, solver, iterations), end
+        memory: list[Tensor] = []
+
+        def product(x: Tensor) -> Tensor:
+            y, last = read(x)
+            memory.append(last)
+            return y + diagonal * x
+
+        return implicit(q, product, fast, low, high, solver, iterations), memory[0]
+
+
+def _norms(seen: Tensor, k: Tensor, w: Tensor, g: Tensor | None, H: Tensor, reset: Tensor | None) -> Tensor:
+    """||H_t||_F [B, H, T, 1] by a recursion of its square, all terms >= 0. seen_t = H_{t-1}^T k_t; w_t is a multiple of
+    k_t."""
+    decay = torch.zeros_like(k[..., :1]) if g is None else g
+    cross = 2 * decay.exp() * (seen * w).sum(-1, keepdim=True)
+    added = (w * w).sum(-1, keepdim=True) * (k * k).sum(-1, keepdim=True)
+    held = H.square().sum((-1, -2))[..., None]
+    squares = scan((2 * decay).exp().transpose(1, 2), (cross + added).transpose(1, 2), held, reset=reset)
+    return squares.transpose(1, 2).clamp_min(tiny(k)).sqrt()
+
+
+class _Products:
+    """p -> (H + Lambda) p for all tokens [B, H, T, d], from the memory at chunk starts."""
+
+    def __init__(self, k: Tensor, w: Tensor, g: Tensor | None, starts: Tensor, reset: Tensor | None, C: int,
+                 diagonal: Tensor) -> None:
+        self.T, self.C, self.diagonal = k.shape[2], C, diagonal
+        decay = torch.zeros_like(k[..., 0]) if g is None else g.squeeze(-1)
+        if reset is not None:
+            decay = torch.where(reset[:, None], RESET, decay)
+        decay = F.pad(decay, (0, -self.T % C)).unflatten(2, (-1, C))
+        self.mask = segment_sums(decay).exp()
+        self.fall = decay.cumsum(-1).exp()[..., None]
+        self.k, self.w = self.chunks(k), self.chunks(w).mT
+        self.starts = starts.transpose(1, 2)
+
+    def chunks(self, x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, -self.T % self.C)).unflatten(2, (-1, self.C))
+
+    def __call__(self, p: Tensor) -> Tensor:
+        rows = self.chunks(p)
+        y = (self.fall * rows) @ self.starts + ((rows @ self.w) * self.mask) @ self.k
+        return y.flatten(2, 3)[:, :, : self.T] + self.diagonal * p
