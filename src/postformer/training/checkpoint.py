@@ -67,6 +67,48 @@ def load_weights(model: nn.Module, file: str | Path) -> dict[str, str]:
     return metadata
 
 
+def start_from(model: nn.Module, path: str | Path) -> list[str]:
+    """Copy into a model what a run directory, a checkpoint or a weights file has under the same names -> what was and
+    was not, in words.
+
+    Raises CheckpointError, before anything is changed, if nothing fits or a tensor has another shape.
+    """
+    file = _weights_of(Path(path))
+    tensors, own = read_tensors(file)[0], weights(model)
+    shared = [name for name in own if name in tensors]
+    different = [f"{name} is {list(tensors[name].shape)} there and {list(own[name].shape)} here" for name in shared
+                 if own[name].shape != tensors[name].shape]
+    if different:
+        raise CheckpointError(
+            f"{file} cannot be the start of this model: {len(different)} tensors differ ({'; '.join(different[:3])}).",
+            "Give this run the vocabulary, width and layers of that one, or leave train.start out.")
+    if not shared:
+        raise CheckpointError(f"{file} has no tensor of this model: it holds {', '.join(sorted(tensors)[:3])}.",
+                              "Start from a run of the same kinds of memory, or leave train.start out.")
+    with torch.no_grad():
+        for name in shared:
+            own[name].copy_(tensors[name])
+    notes = [f"{len(shared)} of {len(own)} tensors start from {file}"]
+    for what, names in (("stay as the seed drew them", own.keys() - tensors.keys()),
+                        ("of that file have no place here", tensors.keys() - own.keys())):
+        if names:
+            notes.append(f"{len(names)} tensors {what}: {', '.join(sorted(names)[:3])}{', ...' * (len(names) > 3)}")
+    return notes
+
+
+def _weights_of(path: Path) -> Path:
+    """The weights file of a run directory (newest checkpoint) or of a checkpoint; a file as it is."""
+    if not path.is_dir():
+        return path
+    if (path / WEIGHTS).exists():
+        return path / WEIGHTS
+    found = steps(path / "checkpoints")
+    if not found:
+        raise CheckpointError(f"{path} holds neither a checkpoint nor {WEIGHTS}.",
+                              "Give train.start a run directory that training wrote to, or a weights file.")
+    return path / "checkpoints" / f"step-{found[-1]}" / WEIGHTS
+
+
 def save_weights(model: nn.Module, file: Path, metadata: Mapping[str, str]) -> None:
     """Write the weights of a model as safetensors (without further care for crashes)."""
     # Clones: safetensors refuses views of one storage, and reads devices other than the CPU one by one.

@@ -40,13 +40,15 @@ class OptimiserConfig(Config):
 class ScheduleConfig(Config):
     """Learning rate over the steps, as a multiple of the peak; see `optimise.schedule`."""
 
-    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    kind: Literal["cosine", "wsd", "two-stage", "constant"] = "cosine"
     warmup: float = Field(default=0.02, ge=0)
     """Below 1: a share of all steps; from 1 on: a number of steps."""
     final: float = Field(default=0.1, ge=0, le=1)
     """Multiple of the peak at the last step (constant: unused)."""
     decay: float = Field(default=0.2, gt=0, le=1)
     """wsd: share of all steps that decays."""
+    second: float = Field(default=2 / 3, gt=0, le=1)
+    """two-stage: multiple of the peak in the second half, which has no weight decay."""
 
 
 class TrainConfig(Config):
@@ -84,6 +86,9 @@ class TrainConfig(Config):
     """Seconds after which a session stops, evaluates and saves. The schedule does not know of it: for a run that should
     take a given time, choose `steps` by `plan`."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    start: str | None = None
+    """Initial weights: a run directory (its newest checkpoint) or a weights file. What has the same name is taken, also
+    by maps of another kind (`model.linear`); the rest is named and stays as the seed draws it."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

@@ -25,6 +25,7 @@ def schedule(step: int, steps: int, config: ScheduleConfig) -> float:
     Linear warmup w, reaching 1 at step w; then
     cosine: from 1 to `final` along half a cosine (1608.03983);
     wsd: 1, then in the last `decay` share of steps linearly to `final` (warmup-stable-decay, 2404.06395);
+    two-stage: linearly from 1 to `final`, in the second half times `second` (for ternary weights, 2402.17764);
     constant: 1.
     """
     warmup = config.warmup * steps if config.warmup < 1 else config.warmup
@@ -33,12 +34,23 @@ def schedule(step: int, steps: int, config: ScheduleConfig) -> float:
         return (step + 1) / (warmup + 1)
     if config.kind == "constant":
         return 1.0
-    start = warmup if config.kind == "cosine" else max(warmup, steps - math.ceil(config.decay * steps) - 1)
+    start = warmup if config.kind != "wsd" else max(warmup, steps - math.ceil(config.decay * steps) - 1)
     if step <= start or steps - 1 <= start:
         return 1.0
     done = min((step - start) / (steps - 1 - start), 1.0)
     share = 0.5 * (1 + math.cos(math.pi * done)) if config.kind == "cosine" else 1 - done
-    return config.final + (1 - config.final) * share
+    multiple = config.final + (1 - config.final) * share
+    return multiple * config.second if _second(step, steps, config) else multiple
+
+
+def decay_schedule(step: int, steps: int, config: ScheduleConfig) -> float:
+    """Weight decay of step (0 .. steps - 1) as a multiple of the configured one: 1, and 0 in the second half of
+    two-stage."""
+    return 0.0 if _second(step, steps, config) else 1.0
+
+
+def _second(step: int, steps: int, config: ScheduleConfig) -> bool:
+    return config.kind == "two-stage" and 2 * step >= steps
 
 
 def roles(model: Any) -> Mapping[str, Any]:
@@ -80,20 +92,23 @@ class Optimisers:
 
     def _groups(self, groups: Mapping, kind: str) -> list[dict[str, Any]]:
         return [
-            {"params": [p for _, p in members], "weight_decay": self.config.weight_decay if decay else 0.0,
+            {"params": [p for _, p in members], "weight_decay": self._decay(decay), "decay": self._decay(decay),
              "names": [name for name, _ in members], "peak": self._peak(kind)}
             for (owner, decay), members in groups.items() if owner == kind
         ]
+
+    def _decay(self, decays: bool) -> float:
+        return self.config.weight_decay if decays else 0.0
 
     def _peak(self, kind: str) -> float:
         muon = self.config.muon_learning_rate if kind == "muon" else None
         return self.config.learning_rate if muon is None else muon
 
-    def step(self, multiple: float) -> None:
-        """One update at `multiple` of the peak learning rates; the gradients are dropped."""
+    def step(self, multiple: float, decay: float = 1.0) -> None:
+        """One update at `multiple` of the peak learning rates and `decay` of the weight decay; drops the gradients."""
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = group["peak"] * multiple
+                group["lr"], group["weight_decay"] = group["peak"] * multiple, group["decay"] * decay
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
 
@@ -105,7 +120,7 @@ class Optimisers:
     def describe(self) -> list[dict[str, Any]]:
         """Optimiser, weight decay, peak learning rate and parameter names of each group."""
         return [
-            {"optimiser": type(optimiser).__name__, "weight_decay": group["weight_decay"],
+            {"optimiser": type(optimiser).__name__, "weight_decay": group["decay"],
              "learning_rate": group["peak"], "names": list(group["names"])}
             for optimiser in self.optimisers for group in optimiser.param_groups
         ]

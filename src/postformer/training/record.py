@@ -93,7 +93,9 @@ def _cpu() -> str:
 def identity(run: dict[str, Any]) -> str:
     """Hash of what makes two sessions parts of one run: design, data and training, without threads and the like."""
     data = {k: v for k, v in run["data"].items() if k not in ("source", "licence")}
-    config = {k: v for k, v in run["config"].items() if k not in INCIDENTAL}
+    # Without defaults: a run begun before a field existed is the same run after.
+    said = TrainConfig.model_validate(run["config"]).model_dump(mode="json", exclude_defaults=True)
+    config = {k: v for k, v in said.items() if k not in INCIDENTAL}
     text = json.dumps([run["recipe_id"], data, config], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -228,17 +228,21 @@ def _run(recipe: Recipe, source: Source, config: TrainConfig, directory: Path, p
     check_size(recipe, device)  # before the directory is claimed for a run that cannot begin
     config = config.model_copy(update={"threads": config.threads or torch.get_num_threads(), "device": device.type})
     fresh = not (directory / record.RUN).exists()
+    started, notes = None, []
+    if config.start is not None and not checkpoint.steps(directory / "checkpoints"):
+        started = initial_model(recipe, config)
+        notes = checkpoint.start_from(started, config.start)
     run = record.claim(directory, recipe, record.describe_run(recipe, config, source.data, device), resume)
     lock = Lock(directory)
     try:
         if not fresh:
             old = TrainConfig.model_validate(run["config"])
             config = config.model_copy(update={"threads": old.threads})
-        model = initial_model(recipe, config)
+        model = started or initial_model(recipe, config)
         trainer = Trainer(
             model, NextToken(), source.batch_at, config, directory=directory, evaluate=source.evaluate,
             bytes_per_token=source.bytes_per_token, progress=progress, identity=record.identity(run),
-            metadata={"name": recipe.name, "recipe_id": recipe.id},
+            metadata={"name": recipe.name, "recipe_id": recipe.id}, notes=notes,
         )
         trainer.restore()
         (directory / RESULT).unlink(missing_ok=True)  # of an earlier session; this one writes its own

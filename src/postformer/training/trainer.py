@@ -12,7 +12,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +27,7 @@ from postformer.training.config import TrainConfig
 from postformer.training.errors import CheckpointError, Diverged, Interrupted, TrainingError
 from postformer.training.memory import out_of_memory, peak_memory, reset_peak
 from postformer.training.metrics import MetricsFile
-from postformer.training.optimise import Optimisers, schedule
+from postformer.training.optimise import Optimisers, decay_schedule, schedule
 from postformer.training.progress import Progress
 
 CHECKPOINT_SECONDS = 600.0
@@ -80,18 +80,19 @@ class Trainer:
     `batch_at(step)` -> Batch; must depend on its argument only. `evaluate(model, final)` -> metrics, written with the
     prefix `validation_`. `directory`: of metrics.jsonl, train.log and checkpoints/; None: nothing is written.
     `bytes_per_token` 1: tokens are bytes, and bits_per_byte is reported. `metadata`: strings for the weights files.
+    `notes`: lines to print and log before the first step.
     """
 
     def __init__(
         self, model: nn.Module, objective: Objective, batch_at: Callable[[int], Batch], config: TrainConfig, *,
         directory: Path | None = None, evaluate: Callable[[nn.Module, bool], dict[str, float]] | None = None,
         bytes_per_token: int | None = None, progress: str = "auto", metadata: Mapping[str, str] | None = None,
-        identity: str = "",
+        identity: str = "", notes: Sequence[str] = (),
     ) -> None:
         self.model, self.objective, self.batch_at, self.config = model, objective, batch_at, config
         self.directory, self.evaluate, self.progress_mode = directory, evaluate, progress
         self.bytes_per_token, self.metadata, self.identity = bytes_per_token, dict(metadata or {}), identity
-        self.device = next(model.parameters()).device
+        self.notes, self.device = notes, next(model.parameters()).device
         self.steps = config.total_steps
         self.position = Position()
         self.optimisers = Optimisers(model, config.optimiser)
@@ -136,6 +137,8 @@ class Trainer:
         log = self.directory / "train.log" if self.directory else None
         self.metrics = MetricsFile(self.directory / "metrics.jsonl", self.position.step) if self.directory else None
         progress = self.progress = Progress(self.steps, self.position.step, mode=self.progress_mode, log=log)
+        for note in self.notes:
+            progress.note(note)
         speeds = self.speeds = self.metrics.speeds if self.metrics else []
         saved, saved_at = self.position.step or None, began
         stopped = "finished"
@@ -230,7 +233,7 @@ class Trainer:
             multiple = schedule(step, self.steps, config.schedule)
             rate = config.optimiser.learning_rate * multiple
             self._check(step, values["total"], float(norm), rate)
-            self.optimisers.step(multiple)
+            self.optimisers.step(multiple, decay_schedule(step, self.steps, config.schedule))
             if measured:
                 model.after_step(measured)  # type: ignore[operator]
         self.last_norm = float(norm)
