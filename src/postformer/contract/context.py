@@ -20,6 +20,8 @@ NONE, SEGMENT, DOCUMENT, STREAM = 0, 1, 2, 3
 LEVELS = {"segment": SEGMENT, "document": DOCUMENT, "stream": STREAM}
 """Boundary levels. A boundary of level n ends everything of level <= n: a memory that forgets at level m starts afresh
 before every token whose boundary is >= m."""
+FED = "input."
+"""Under this and its name in `Context.shared` stands what a wrapper feeds to an input of its child."""
 
 
 class Store(Protocol):
@@ -65,6 +67,10 @@ class Context:
     def reset(self, forget_at: str = "document") -> Tensor | None:
         """[B, T] bool: before which tokens a memory that forgets at this level starts afresh (None: nowhere)."""
         return None if self.boundary is None else self.boundary >= LEVELS[forget_at]
+
+    def fed(self, name: str, x: Tensor) -> Tensor:
+        """What a wrapper feeds to this input of its child (its traits name them in `inputs`); x where it does not."""
+        return self.shared.get(f"{FED}{name}", x)
 
     def segments(self, forget_at: str = "document") -> Tensor | None:
         """[B, T] int64: which document of this call a token is in; 0 is the one the state comes from."""

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from postformer.contract import fallback
-from postformer.contract.context import EMPTY, Context, gates
-from postformer.contract.state import State, mismatch
+from postformer.contract.context import EMPTY, Context
+from postformer.contract.state import State
 from postformer.design.base import Design
 from postformer.design.choices import Choices
 from postformer.design.cost import Cost
-from postformer.kernels import sequential
+
+if TYPE_CHECKING:
+    from postformer.contract.step import StepMemory as StepMemory
 
 
 class Out(NamedTuple):
@@ -55,6 +57,8 @@ class Traits:
     publishes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     """Names of publications it needs in ctx.shared."""
+    inputs: tuple[str, ...] = ()
+    """Its inputs that a wrapper may feed with something else than x, e.g. query, key, value (see `Context.fed`)."""
 
 
 def prefixed(prefix: str | int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -109,6 +113,8 @@ class Mixer(nn.Module):
 
     design: Any
     """The mixer's own design; the site sets it when it builds."""
+    dim_in: int | None = None
+    """Channels of x; the site sets it when it builds."""
 
     def forward(self, x: Tensor, state: State = None, ctx: Context | None = None) -> Out:
         """x [B, T, D] -> Out with y [B, T, D_out]. ctx None: plain causal tokens from the state's position on."""
@@ -158,50 +164,10 @@ class Mixer(nn.Module):
         return None
 
 
-class StepMemory(Mixer):
-    """A rule written token by token: the author writes `step`; the base does valid, boundary, write, emit, any T.
+def __getattr__(name: str) -> Any:
+    """StepMemory is importable from here too; it lives in `contract.step`."""
+    if name == "StepMemory":
+        from postformer.contract.step import StepMemory
 
-    `step(x [B, D], state) -> (y [B, D_out], state)`. A write gate between 0 and 1 interpolates the states; time that
-    passes without a write (tick) is not separable from a step and is ignored.
-    """
-
-    forget_at: str = "document"
-
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        raise NotImplementedError(f"{type(self).__name__} does not define step")
-
-    def mix(self, x: Tensor, state: State, ctx: Context) -> Out:
-        reset = ctx.reset(self.forget_at)
-        initial = None if reset is None else self.initial(x.shape[0])
-        y, state, *emitted = sequential(
-            self._first_checked(), x, state, reset=reset, initial=initial, write=gates(ctx)[1], emit=ctx.emit
-        )
-        return Out(y, state, emitted=emitted[0] if emitted else None)
-
-    def _first_checked(self) -> Callable[[Tensor, State], tuple[Tensor, State]]:
-        """The author's step; what the first one of a call returns is held against the contract."""
-        name, checked = type(self).__name__, False
-
-        def step(x: Tensor, state: State) -> tuple[Tensor, State]:
-            nonlocal checked
-            if checked:
-                return self.step(x, state)
-            checked = True
-            try:
-                result = self.step(x, state)
-            except TypeError as e:
-                if state is not None:
-                    raise
-                raise TypeError(f"{name}.step was called with state None ({e}): define {name}.initial(batch) to "
-                                "return the state before the first token") from e
-            if not isinstance(result, tuple) or len(result) != 2:
-                raise TypeError(f"{name}.step must return (y [B, D_out], state), not {type(result).__name__}")
-            y, new = result
-            if not isinstance(y, Tensor) or y.ndim != 2 or y.shape[0] != x.shape[0]:
-                shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-                raise ValueError(f"{name}.step returned y of {shape} for {x.shape[0]} rows; it must be [B, D_out]")
-            if problem := mismatch(new, state, x.shape[0]):
-                raise ValueError(f"{name}.step and {name}.initial disagree about the state: {problem}")
-            return result
-
-        return step
+        return StepMemory
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

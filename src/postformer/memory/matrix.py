@@ -46,7 +46,7 @@ class Matrix(AffineMemory):
         if read.gate != "none":
             self.gate = (site.linear("gate", site.width, inner, role="gate") if rank is None
                          else LowRank(site, "gate", site.width, rank, inner))
-        self.out = site.linear("out", inner, site.dim_out)
+        self.out = site.linear("out", inner, site.dim_out) if read.out else None
 
     def initial_local(self, batch: int) -> State:
         return self.params.initial(batch)
@@ -73,7 +73,8 @@ class Matrix(AffineMemory):
             o = self.norm(o)
         if "bonus" in aux:
             o = o + aux["bonus"]
-        return self.out(o if gate is None else o * gate)
+        o = o if gate is None else o * gate
+        return o if self.out is None else self.out(o)
 
     def publish(self, rule: GDR, o: Tensor) -> Mapping[str, Any]:
         return {name: rule.aux[name] for name in self.wanted}
@@ -83,6 +84,7 @@ class Matrix(AffineMemory):
         free = design.local.kind == "none" and resolve(design.parameterisation).soft_gates
         return Traits(
             soft_gates=free, native_emit=free,
+            inputs=resolve(design.parameterisation).inputs,
             publishes=("value",) if design.parameterisation == "rwkv7" else (),
             reads=(design.value_residual,) if design.value_residual else (),
         )
@@ -96,13 +98,18 @@ class Matrix(AffineMemory):
         heads, groups, dim_key, dim_value = design.sizes(site.width)
         params, read, inner = resolve(design.parameterisation), design.read, heads * dim_value
         normed = {"head": dim_value, "group": inner // groups, "all": inner}[read.per]
-        total = params.cost(design, site) + site.linear_cost(inner, site.dim_out)
+        total = params.cost(design, site)
+        if read.out:
+            total += site.linear_cost(inner, site.dim_out)
+        elif inner != site.dim_out:
+            raise ValueError(f"{inner} channels of all heads do not fit a width of {site.dim_out}; set read.out: true, "
+                             "or leave heads.dim_value out")
         if read.gate != "none":
             rank = gate_rank(read.gate_rank, dim_value)
             total += (site.linear_cost(site.width, inner, role="gate") if rank is None
                       else LowRank.cost(site, site.width, rank, inner))
         if read.norm != "none" and read.weight != "none":
             total += Cost(params=(normed if read.weight == "shared" else inner) * (2 if read.bias else 1))
-        columns = dim_value + (design.normaliser == "sum" or design.parameterisation == "mlstm")
+        columns = dim_value + (design.normaliser == "sum" or params.normalised)
         flops = params.flops(design) * heads * dim_key * columns
         return total + Cost(flops_per_token=flops, state=4 * heads * dim_key * columns)

@@ -89,6 +89,8 @@ class Read(Design):
     gate: Literal["none", "silu", "sigmoid"] = "none"
     gate_rank: int | Literal["dim-value"] | None = None
     order: Literal["norm-gate", "gate-norm"] = "norm-gate"
+    out: bool = True
+    """A linear map at the end; without one all heads' channels are the width"""
     eps: float = Field(default=1e-5, gt=0)
 
 

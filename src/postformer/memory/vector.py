@@ -26,7 +26,7 @@ from postformer.memory.vectors import resolve
 class VectorDesign(Design):
     kind: Literal["vector"] = "vector"
     parameterisation: str = "mamba1"
-    """mamba1, rglru, hgrn, mingru, s4d, s5 or lif"""
+    """mamba1, rglru, hgrn, mingru, mlgru, s4d, s5 or lif"""
     dim_inner: Annotated[int | None, Scales()] = Field(default=None, ge=1)
     """Channels of the recurrence; None: 2 width for mamba1, width otherwise"""
     dim_state: int = Field(default=16, ge=1)
@@ -52,7 +52,8 @@ class VectorDesign(Design):
         if self.local.kind == "shift":
             raise ValueError("a vector memory mixes neighbours by local: conv4, not by shift")
         uses, fields = resolve(self.parameterisation).uses, type(self).model_fields
-        for name in ("dim_inner", "dim_state", "rank", "inner_norm", "blocks", "bias", "local", "threshold", "surrogate"):
+        for name in ("dim_inner", "dim_state", "rank", "inner_norm", "blocks", "bias", "local", "threshold",
+                     "surrogate"):
             if name not in uses and getattr(self, name) != fields[name].default:
                 raise ValueError(f"'{name}' means nothing to parameterisation '{self.parameterisation}'; leave it out")
         if self.parameterisation == "s5" and self.dim_state % 2:

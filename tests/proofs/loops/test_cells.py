@@ -136,6 +136,45 @@ def test_slstm(record_proof):
         w, tokens, [[slstm, geglu]] * 2, layer_norm))
 
 
+MATRICES = 2
+
+
+def mlstm_block(w: Weights, x: Tensor, here: Here) -> Tensor:
+    """2405.04517's mLSTM block, without a stabiliser: up to u and z, q and k from silu(conv(u)), v from u itself, in
+    blocks of four channels; C = f C + exp(i) v k^T, n = f n + exp(i) k, h = C q / max(|n . q|, 1); norm, skip, gate.
+
+    The authors' code divides by 1e-6 more, in units of the largest weight so far (1 before the first token).
+    """
+    u, z = w.map("up", x), w.map("gate", x)
+    seen = silu(convolve(here, "u", u, w("conv.weight"), w("conv.bias")))
+    p = w.at("of.params")
+    q, k, v = (torch.cat([x_b @ w_b for x_b, w_b in zip(source.split(4), p(f"{n}_weight"), strict=True)])
+               for n, source in (("q", seen), ("k", seen), ("v", u)))
+    every = torch.cat([q, k, v])
+    write, keep = torch.exp(p.map("i", every)), sigmoid(p.map("f", every))
+    size, out = u.shape[0] // MATRICES, []
+    for h in range(MATRICES):
+        q_h, k_h, v_h = (m[size * h : size * (h + 1)] for m in (q, k, v))
+        k_h = k_h / size**0.5
+        zero = torch.zeros(size, dtype=x.dtype)
+        c = keep[h] * here.memory.get(("c", h), torch.outer(zero, zero)) + write[h] * torch.outer(v_h, k_h)
+        n = keep[h] * here.memory.get(("n", h), zero) + write[h] * k_h
+        most = here.memory.get(("most", h), torch.ones((), dtype=x.dtype))
+        most = torch.maximum(keep[h].detach() * most, write[h].detach())
+        here.memory["c", h], here.memory["n", h], here.memory["most", h] = c, n, most
+        below = torch.maximum((n @ q_h).abs(), torch.ones((), dtype=x.dtype))
+        out.append(standard(c @ q_h / (below + 1e-6 * most), 1e-5))
+    y = torch.cat(out) * w("of.norm.weight") + w("skip") * seen
+    return w.map("out", y * silu(z))
+
+
+def test_xlstm(record_proof):
+    model = model_of("xlstm", [f"model.mixers.mlstm.of.heads.value={MATRICES}"], layers=4)
+    layers = [[slstm, geglu] if len(layer.sublayers) == 2 else [mlstm_block] for layer in model.stack.layers]
+    assert sorted(map(len, layers)) == [1, 1, 1, 2]
+    prove(record_proof, "xlstm", "2405.04517", model, lambda w, tokens: model_loop(w, tokens, layers, layer_norm))
+
+
 def fired(x: Tensor, surrogate: str) -> Tensor:
     """1 or 0, with the slope of an arc tangent or of a fast sigmoid at x."""
     soft = torch.atan(torch.pi * x) / torch.pi if surrogate == "atan" else x / (1 + 25 * x.abs())

@@ -25,6 +25,10 @@ class Rule(nn.Module):
     """Several heads may share a key head"""
     soft_gates: ClassVar[bool] = True
     """Besides local mixing, nothing in it looks at neighbouring tokens or carries a state of its own"""
+    normalised: ClassVar[bool] = False
+    """The state has a column of ones, by which the read divides"""
+    inputs: ClassVar[tuple[str, ...]] = ()
+    """Its inputs that a wrapper may feed apart from x"""
     four: ClassVar[Choices]
     """The four choices in words"""
     columns: int
@@ -56,8 +60,8 @@ class Rule(nn.Module):
 
 
 _family = Named(__name__, {
-    "qkv": "qkv", "mamba2": "mamba2", "rwkv7": "rwkv7", "hgrn2": "hgrn2", "mlstm": "mlstm", "comba": "comba",
-    "gated-deltanet-2": "gated_deltanet2", "preconditioned": "preconditioned",
+    "qkv": "qkv", "mamba2": "mamba2", "rwkv7": "rwkv7", "hgrn2": "hgrn2", "mlstm": "mlstm", "xlstm": "xlstm",
+    "comba": "comba", "gated-deltanet-2": "gated_deltanet2", "preconditioned": "preconditioned",
 })
 rule, resolve = _family.register, _family.resolve
 

@@ -32,6 +32,30 @@ def soft_cap(x: Tensor) -> Tensor:
     return CAP * torch.tanh(x / CAP)
 
 
+def stabilised(i: Tensor, log_f: Tensor, m0: Tensor, ctx: Context, forget_at: str
+               ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Raw input gates i and log forget gates [B, T, H] (scaled for checks already), running maximum m0 [B, H] ->
+
+    (g and weight of the write as the kernel takes them [B, H, T, 1], floor of the denominator [B, H, T, 1], m [B, H]).
+    """
+    tick, write = gates(ctx)
+    with torch.no_grad():
+        seen = i if write is None else torch.where(write[..., None] > 0, i, NEVER)
+        time = log_f if tick is None else log_f * tick[..., None].to(log_f.dtype)
+        reset = ctx.reset(forget_at)
+        if reset is not None:
+            seen = torch.where(reset[..., None], torch.maximum(seen, time), seen)
+        m = max_plus_scan(time.detach(), seen.detach(), m0, reset=reset)
+        before = torch.cat([m0[:, None], m[:, :-1]], 1)
+        if reset is not None:
+            before = before.masked_fill(reset[..., None], 0)
+        shift = before - m
+    g = _at_most_zero(log_f + shift) / max(current().decay_scale, 1e-30)  # the kernel scales; the shift is no decay
+    gain, floor = torch.exp(_at_most_zero(i - m)), torch.exp(-m.clamp(-80, 80))
+    first, second, third = (v.transpose(1, 2)[..., None] for v in (g, gain, floor))
+    return first, second, third, m[:, -1]
+
+
 def _at_most_zero(x: Tensor) -> Tensor:
     """x without the rounding error above zero; the gradient passes (a clamp would stop it at random)."""
     return x - x.detach().clamp_min(0)
@@ -40,6 +64,8 @@ def _at_most_zero(x: Tensor) -> Tensor:
 @rule("mlstm")
 class MLstm(Rule):
     soft_gates = False
+    normalised = True
+    inputs = ("query", "key", "value")
     four = Choices("matrix and its normaliser n", "dot", "decay f_t per head, chosen by the input",
                    "one gradient step of exponential size exp(i_t)",
                    "S_t = f_t S_{t-1} + exp(i_t) k_t v_t^T;  o_t = S_t^T q_t / max(|n_t . q_t|, 1)")
@@ -62,29 +88,14 @@ class MLstm(Rule):
         return self.i.weight.new_zeros(batch, self.heads, dtype=dtype)
 
     def forward(self, x: Tensor, local: State, ctx: Context) -> tuple[GDR, State]:
-        scale = current().decay_scale
-        i, f = soft_cap(fp32(self.i(x))), F.logsigmoid(soft_cap(fp32(self.f(x)))) * scale
-        tick, write = gates(ctx)
-        with torch.no_grad():
-            seen = i if write is None else torch.where(write[..., None] > 0, i, NEVER)
-            time = f if tick is None else f * tick[..., None].to(f.dtype)
-            reset = ctx.reset(self.forget_at)
-            if reset is not None:
-                seen = torch.where(reset[..., None], torch.maximum(seen, time), seen)
-            m = max_plus_scan(time.detach(), seen.detach(), local, reset=reset)
-            before = torch.cat([local[:, None], m[:, :-1]], 1)
-            if reset is not None:
-                before = before.masked_fill(reset[..., None], 0)
-            shift = before - m
-        g = _at_most_zero(f + shift) / max(scale, 1e-30)  # the kernel scales again; the shift is no decay
-        gain = torch.exp(_at_most_zero(i - m))
-        q = heads(self.q(x), self.heads) * self.dim_key**-0.5
-        v = heads(self.v(x), self.heads)
-        rule = GDR(q, g.transpose(1, 2)[..., None],
-                   k_add=heads(self.k(x), self.heads) * gain.transpose(1, 2)[..., None].to(x.dtype),
-                   v_add=torch.cat([v, torch.ones_like(v[..., :1])], -1),
-                   aux={"floor": torch.exp(-m.clamp(-80, 80)).transpose(1, 2)[..., None]})
-        return rule, m[:, -1]
+        i = soft_cap(fp32(self.i(x)))
+        f = F.logsigmoid(soft_cap(fp32(self.f(x)))) * current().decay_scale
+        g, gain, floor, m = stabilised(i, f, local, ctx, self.forget_at)
+        q = heads(self.q(ctx.fed("query", x)), self.heads) * self.dim_key**-0.5
+        k, v = heads(self.k(ctx.fed("key", x)), self.heads), heads(self.v(ctx.fed("value", x)), self.heads)
+        rule = GDR(q, g, k_add=k * gain.to(x.dtype), v_add=torch.cat([v, torch.ones_like(v[..., :1])], -1),
+                   aux={"floor": floor})
+        return rule, m
 
     @classmethod
     def cost(cls, design: MatrixDesign, site: Any) -> Cost:

@@ -41,6 +41,7 @@ class Qkv(Rule):
     fixed = frozenset()
     local = ("none", "conv", "shift")
     grouped = True
+    inputs = ("query", "key", "value")
 
     def __init__(self, design: MatrixDesign, site: Any) -> None:
         super().__init__()
@@ -74,7 +75,7 @@ class Qkv(Rule):
         if self.mix is not None:
             before, local = token_shift(x, local, ctx, self.design.forget_at)
             x = torch.lerp(x, before, self.mix.to(x.dtype))
-        q, k, v = self.q(x), self.k(x), self.v(x)
+        q, k, v = self.q(ctx.fed("query", x)), self.k(ctx.fed("key", x)), self.v(ctx.fed("value", x))
         if self.conv is not None:
             mixed, local = self.conv(torch.cat([q, k, v], -1), local, ctx, self.design.forget_at)
             q, k, v = mixed.split(self.widths, -1)
