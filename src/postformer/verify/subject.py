@@ -16,22 +16,23 @@ from postformer.design.plan import planned, shared_places
 from postformer.model import LanguageModel, build
 from postformer.model.language import LMState
 
-WIDTH, WINDOW = 32, 8
+WIDTH, WINDOW, SEGMENT, CHUNK = 32, 8, 16, 6
 
 
 def reduced(recipe: Recipe) -> Recipe:
-    """The design at verification size: width 32, one of each kind of layer (at least two), windows of 8 tokens."""
+    """The design at verification size: width 32, one of each kind of layer (at least two), windows cut."""
     distinct = len(dict.fromkeys(recipe.model.stack))
     small = load(recipe, width=min(WIDTH, recipe.model.width), layers=min(len(recipe.model.stack), max(2, distinct)))
     return small.model_copy(update={"model": _narrow(small.model)})
 
 
 def _narrow(value: Any) -> Any:
-    """Windows cut to 8 tokens wherever a design has one, so that short sequences leave them."""
+    """Windows cut to 8 tokens, segments to 16, chunks to 6 wherever a design has them: short sequences leave them."""
     if isinstance(value, Design):
         changes = {name: _narrow(getattr(value, name)) for name in type(value).model_fields}
-        if isinstance(window := getattr(value, "window", None), int):
-            changes["window"] = min(window, WINDOW)
+        for name, most in (("window", WINDOW), ("segment", SEGMENT), ("chunk", CHUNK)):
+            if isinstance(size := getattr(value, name, None), int):
+                changes[name] = min(size, most)
         return value.model_copy(update={k: v for k, v in changes.items() if v is not getattr(value, k)})
     if isinstance(value, dict):
         return {k: _narrow(v) for k, v in value.items()}

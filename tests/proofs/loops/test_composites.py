@@ -6,8 +6,10 @@ multiplied by it.
 
 from __future__ import annotations
 
+import pytest
 import torch
 from loops_plain import (
+    VOCAB,
     Here,
     Weights,
     model_loop,
@@ -38,18 +40,27 @@ def softmax(x: Tensor) -> Tensor:
     return e / e.sum()
 
 
-def window_attention(window: int):
+def window_attention(window: int, persistent: int = 0):
     def step(w: Weights, x: Tensor, here: Here, a: Tensor = ONE) -> Tensor:
-        """1706.03762 over the last `window` places, of which only the tokens it was given are there; 2104.09864."""
+        """1706.03762 over the last `window` places, of which only the tokens it was given are there; 2104.09864.
+
+        Persistent keys and values (2501.00663, section 3.3) are always there, unturned.
+        """
+        def paired(u: Tensor) -> Tensor:
+            return torch.complex(u[: DIM // 2], u[DIM // 2 :])
+
         def turned(u: Tensor) -> Tensor:
             theta = 10000.0 ** (-2 * torch.arange(DIM // 2, dtype=x.dtype) / DIM)
-            return torch.complex(u[: DIM // 2], u[DIM // 2 :]) * torch.exp(1j * here.t * theta)
+            return paired(u) * torch.exp(1j * here.t * theta)
 
         k, v, q = w.map("k", x), w.map("v", x), w.map("q", x)
         if a > 0:
             here.memory[here.t] = [(turned(k[DIM * g : DIM * (g + 1)]), v[DIM * g : DIM * (g + 1)])
                                    for g in range(KEYS)]
         seen = [here.memory[t] for t in here.memory if t > here.t - window]
+        for n in range(persistent):
+            p = w("persistent")[:, :, n]
+            seen.append([(paired(p[0, g]), p[1, g]) for g in range(KEYS)])  # type: ignore[arg-type]
         out = []
         for h in range(QUERIES):
             g, q_h = h // (QUERIES // KEYS), turned(q[DIM * h : DIM * (h + 1)])
@@ -100,9 +111,80 @@ def router(memories, hard: bool, chosen: bool):
             one[p.argmax()] = 1
             a = one + p - p.detach()
         ys = [m(w.at(f"of.{i}"), x, below(here, i), a[i] if chosen else ONE) for i, m in enumerate(memories)]
-        return sum(a[i] * y for i, y in enumerate(ys))
+        return torch.stack([a[i] * y for i, y in enumerate(ys)]).sum(0)
 
     return step
+
+
+def product(w: Weights, first: Tensor, second: Tensor) -> Tensor:
+    """2501.00663, section 4.2: both normed with a weight per channel, the second through a sigmoid."""
+    return rms(first, 1e-6) * w("norms.0.weight") * sigmoid(rms(second, 1e-6) * w("norms.1.weight"))
+
+
+def memory_as_context(memory, attention, segment: int):
+    def step(w: Weights, x: Tensor, here: Here) -> Tensor:
+        """2501.00663, equations 21 to 25, token by token: what a segment reads of the memory is what the memory was
+        when it began; h of a token is visible to it and to later ones; the memory learns from each y in turn."""
+        kept, j = here.memory, here.t % segment
+        if j == 0:
+            kept["before"], kept["inside"] = dict(kept.setdefault("now", {})), {}  # type: ignore[arg-type]
+
+        def at(t: int, name: str) -> Here:
+            return Here(t, here.layer, kept[name])  # type: ignore[arg-type]
+
+        h = memory(w.at("memory"), x, Here(here.t, here.layer, dict(kept["before"])), 0 * ONE)
+        attention(w.at("attention"), h, at(2 * j, "inside"))
+        y = attention(w.at("attention"), x, at(2 * j + 1, "inside"))
+        y = rms(y, 1e-6) * w("norm.weight")
+        gate = memory(w.at("memory"), y, at(here.t, "now"), ONE)
+        return y * sigmoid(rms(gate, 1e-6) * w("gate_norm.weight"))
+
+    return step
+
+
+def memory_as_gate(attention, memory):
+    def step(w: Weights, x: Tensor, here: Here) -> Tensor:
+        """2501.00663, equations 27 and 28: o = y (x) M(x), y from attention over a window."""
+        first, second = (m(w.at(f"of.{i}"), x, below(here, i)) for i, m in enumerate((attention, memory)))
+        return product(w.at("product"), first, second)
+
+    return step
+
+
+def memory_as_layer(memory, attention):
+    def step(w: Weights, x: Tensor, here: Here) -> Tensor:
+        """2501.00663, equations 30 and 31: attention over a window of what the memory makes of the tokens."""
+        return attention(w.at("of.1"), memory(w.at("of.0"), x, below(here, 0)), below(here, 1))
+
+    return step
+
+
+ATTENTION = {"kind": "attention", "window": 14, "persistent": 3,
+             "heads": {"query": QUERIES, "key_value": KEYS, "dim": DIM}}
+DELTA = {"kind": "matrix", "loss": "l2", "features": ["silu", "l2norm"], "retention": {"per": "head", "gate": "mamba"},
+         "heads": {"value": H, "dim_key": DK, "dim_value": DV}, "read": "gated-norm"}
+ARRANGED = {
+    "context": ({"kind": "context", "memory": DELTA, "attention": ATTENTION, "segment": 7},
+                memory_as_context(gated_delta_net, window_attention(14, 3), 7)),
+    "context, window shorter": ({"kind": "context", "memory": DELTA, "attention": {**ATTENTION, "window": 5},
+                                 "segment": 7}, memory_as_context(gated_delta_net, window_attention(5, 3), 7)),
+    "context, mamba": ({"kind": "context", "memory": {"kind": "vector", "dim_inner": 20, "dim_state": 5},
+                        "attention": ATTENTION, "segment": 16},
+                       memory_as_context(mamba, window_attention(14, 3), 16)),
+    "gate": ({"kind": "parallel", "merge": "product", "of": [ATTENTION, DELTA]},
+             memory_as_gate(window_attention(14, 3), gated_delta_net)),
+    "layer": ({"kind": "chain", "of": [DELTA, ATTENTION]},
+              memory_as_layer(gated_delta_net, window_attention(14, 3))),
+}
+
+
+@pytest.mark.parametrize("name", ARRANGED)
+def test_titans_arrangements_with_other_memories(record_proof, name):
+    mixer, branch = ARRANGED[name]
+    model = model_of({"name": "proof", "model": {"width": 16, "vocab": VOCAB, "mixers": {
+        "memory": mixer, "feedforward": {"kind": "swiglu"}}, "stack": ["memory/feedforward"] * 2}})
+    prove(record_proof, "titans", f"2501.00663 (memory as {name})", model,
+          lambda w, tokens: model_loop(w, tokens, [[branch, swiglu]] * 2, rms_norm()))
 
 
 SMALL = [*(f"model.mixers.memory.of.0.heads.{k}={v}" for k, v in zip(("query", "key_value", "dim"),

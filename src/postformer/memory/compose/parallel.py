@@ -1,6 +1,8 @@
-"""Children side by side on the same input: outputs summed, averaged after a norm (Hymba, 2411.13676), gated or joined.
+"""Children side by side on the same input: outputs summed, averaged after a norm (Hymba, 2411.13676), gated, joined
+or gates of the first.
 
     sum: sum_i y_i     mean-norm: mean_i s_i rms(y_i)     gate: sum_i softmax(W x)_i y_i     concat: W [y_1; ...; y_n]
+    product: s_1 rms(y_1) prod_{i>1} sigmoid(s_i rms(y_i)), the others gate the first (Titans' MAG, 2501.00663)
 """
 
 from __future__ import annotations
@@ -25,7 +27,25 @@ from postformer.memory.compose.chain import Composite, gathered
 class ParallelDesign(Design):
     kind: Literal["parallel"] = "parallel"
     of: tuple[AnyMixer, ...] = Field(min_length=1)
-    merge: Literal["sum", "mean-norm", "gate", "concat"] = "sum"
+    merge: Literal["sum", "mean-norm", "gate", "concat", "product"] = "sum"
+
+
+class Product(nn.Module):
+    """y_1, ..., y_n [B, T, D] -> s_1 rms(y_1) prod_{i>1} sigmoid(s_i rms(y_i)), with a weight s_i [D] each."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(RMSNorm(width) for _ in range(count))
+
+    def forward(self, ys: list[Tensor]) -> Tensor:
+        first, *others = (norm(y) for norm, y in zip(self.norms, ys))
+        for other in others:
+            first = first * torch.sigmoid(other)
+        return first
+
+    @staticmethod
+    def cost(count: int, width: int) -> Cost:
+        return Cost(params=count * width)
 
 
 @register(ParallelDesign)
@@ -35,6 +55,7 @@ class Parallel(Composite):
         self.merge, count = design.merge, len(design.of)
         self.norms = nn.ModuleList(RMSNorm(site.dim_out) for _ in design.of) if self.merge == "mean-norm" else None
         self.gate = site.linear("gate", site.width, count, role="gate") if self.merge == "gate" else None
+        self.product = Product(count, site.dim_out) if self.merge == "product" else None
         self.join = site.linear("join", count * site.dim_out, site.dim_out) if self.merge == "concat" else None
 
     def mix(self, x: Tensor, state: State, ctx: Context) -> Out:
@@ -45,6 +66,8 @@ class Parallel(Composite):
         elif self.gate is not None:
             weight = self.gate(x).softmax(-1)
             y = (torch.stack(ys, -1) * weight[..., None, :]).sum(-1)
+        elif self.product is not None:
+            y = self.product(ys)
         elif self.join is not None:
             y = self.join(torch.cat(ys, -1))
         else:
@@ -57,6 +80,8 @@ class Parallel(Composite):
         count = len(design.of)
         if design.merge == "mean-norm":
             total += Cost(params=count * site.dim_out)
+        elif design.merge == "product":
+            total += Product.cost(count, site.dim_out)
         elif design.merge == "gate":
             total += site.linear_cost(site.width, count, role="gate")
         elif design.merge == "concat":
