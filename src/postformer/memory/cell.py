@@ -86,10 +86,11 @@ class Cell(Mixer):
         return self.params.memory(batch, next(self.parameters())), self.params.local(batch)
 
     def mix(self, x: Tensor, state: State, ctx: Context) -> Out:
-        drive, step, local = self.params.prepare(x, state[1], ctx)
+        recompute = BLOCK if x.shape[1] > LONG else 0
+        drive, step, local = self.params.prepare(x, state[1], ctx, once=not recompute)
         h, memory, *emitted = sequential(
             step, drive, state[0], reset=ctx.reset(self.forget_at), write=gates(ctx)[1], emit=ctx.emit,
-            checkpoint=BLOCK if x.shape[1] > LONG else 0,
+            checkpoint=recompute,
         )
         y = h.to(x.dtype)
         if self.norm is not None:

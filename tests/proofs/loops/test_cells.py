@@ -40,10 +40,11 @@ def lstm_weights(w: Weights) -> list[Tensor]:
 
 
 def gru_weights(w: Weights) -> list[Tensor]:
-    """PyTorch's W, R, b, b': rows r, z, n as ours."""
+    """PyTorch's W, R, b, b': rows r, z, n as ours, which has no second bias for r and z."""
     made = torch.cat([w("params.gates.weight"), w("params.value.weight")])
     bias = torch.cat([w("params.gates.bias"), w("params.value.bias")])
-    return [made, w("params.recurrent.weight"), bias, w("params.recurrent.bias")]
+    none = torch.zeros(2 * made.shape[1], dtype=made.dtype)
+    return [made, w("params.recurrent.weight"), bias, torch.cat([none, w("params.recurrent_bias")])]
 
 
 def lstm(w: Weights, x: Tensor, here: Here) -> Tensor:

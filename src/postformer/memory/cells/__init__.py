@@ -30,8 +30,11 @@ class Unit(nn.Module):
     exact_gradients: ClassVar[bool] = True
     """False: surrogate gradients"""
 
-    def prepare(self, x: Tensor, local: State, ctx: Context) -> tuple[Tensor, Step, State]:
-        """x [B, T, D] -> (what is known of the tokens [B, T, ...], the step, local state)."""
+    def prepare(self, x: Tensor, local: State, ctx: Context, once: bool) -> tuple[Tensor, Step, State]:
+        """x [B, T, D] -> (what is known of the tokens [B, T, ...], the step, local state).
+
+        once: each token's step is taken exactly once; False: some may be taken again in the backward pass.
+        """
         raise NotImplementedError
 
     def memory(self, batch: int, like: Tensor) -> State:

@@ -15,6 +15,7 @@ from postformer.contract.state import State
 from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.memory.cells import Step, Unit, unit, zeros
+from postformer.memory.cells.feedback import dense
 from postformer.memory.rules.gates import fp32
 
 
@@ -30,27 +31,30 @@ class Gru(Unit):
         self.inner = design.inner(site.width)
         self.gates = site.linear("gates", site.width, 2 * self.inner, bias=True, role="gate")
         self.value = site.linear("value", site.width, self.inner, bias=True)
-        self.recurrent = site.linear("recurrent", self.inner, 3 * self.inner, bias=True, role="gate")
+        self.recurrent = site.linear("recurrent", self.inner, 3 * self.inner, role="gate")
+        self.recurrent_bias = site.parameter("recurrent_bias", (self.inner,), lambda p: p.zero_())
 
     def memory(self, batch: int, like: Tensor) -> State:
         return zeros(1, batch, self.inner, like=like)
 
-    def prepare(self, x: Tensor, local: State, ctx: Context) -> tuple[Tensor, Step, State]:
-        inner, dtype = self.inner, x.dtype
+    def prepare(self, x: Tensor, local: State, ctx: Context, once: bool) -> tuple[Tensor, Step, State]:
+        inner, bias = self.inner, self.recurrent_bias.expand(*x.shape[:2], -1)
+        drive = fp32(torch.cat([self.gates(x), bias.to(x.dtype), self.value(x)], -1))
+        drive, add = dense(drive, self.recurrent, x.dtype, once)
 
         def step(drive: Tensor, state: State) -> tuple[Tensor, State]:
             (h,) = state
-            back = fp32(self.recurrent(h.to(dtype)))
-            r, z = torch.sigmoid(drive[:, : 2 * inner] + back[:, : 2 * inner]).chunk(2, -1)
-            new = torch.tanh(torch.addcmul(drive[:, 2 * inner :], r, back[:, 2 * inner :]))
+            raw = add(drive[:, : 3 * inner], h)
+            r, z = torch.sigmoid(raw[:, : 2 * inner]).chunk(2, -1)
+            new = torch.tanh(torch.addcmul(drive[:, 3 * inner :], r, raw[:, 2 * inner :]))
             h = torch.lerp(new, h, z)
             return h, (h,)
 
-        return fp32(torch.cat([self.gates(x), self.value(x)], -1)), step, local
+        return drive, step, local
 
     @classmethod
     def cost(cls, design: Any, site: Any) -> Cost:
         inner = design.inner(site.width)
         total = site.linear_cost(site.width, 2 * inner, bias=True, role="gate")
         total += site.linear_cost(site.width, inner, bias=True)
-        return total + site.linear_cost(inner, 3 * inner, bias=True, role="gate")
+        return total + site.linear_cost(inner, 3 * inner, role="gate") + Cost(params=inner)

@@ -42,7 +42,7 @@ class Lif(Unit):
     def memory(self, batch: int, like: Tensor) -> State:
         return zeros(1, batch, self.inner, like=like)
 
-    def prepare(self, x: Tensor, local: State, ctx: Context) -> tuple[Tensor, Step, State]:
+    def prepare(self, x: Tensor, local: State, ctx: Context, once: bool) -> tuple[Tensor, Step, State]:
         design, hard, setting = self.design, self.design.reset == "hard", current()
         threshold, rounding = design.threshold, setting.rounding
         decay = torch.exp(F.logsigmoid(fp32(self.decay)) * setting.decay_scale)

@@ -18,6 +18,7 @@ from postformer.contract.state import State
 from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.memory.cells import Step, Unit, unit, zeros
+from postformer.memory.cells.feedback import dense
 from postformer.memory.rules.gates import fp32
 
 
@@ -40,18 +41,20 @@ class Lstm(Unit):
     def memory(self, batch: int, like: Tensor) -> State:
         return zeros(2, batch, self.inner, like=like)
 
-    def prepare(self, x: Tensor, local: State, ctx: Context) -> tuple[Tensor, Step, State]:
-        inner, dtype = self.inner, x.dtype
+    def prepare(self, x: Tensor, local: State, ctx: Context, once: bool) -> tuple[Tensor, Step, State]:
+        inner = self.inner
+        drive = fp32(torch.cat([self.gates(x), self.value(x)], -1))
+        drive, add = dense(drive, self.recurrent, x.dtype, once)
 
         def step(drive: Tensor, state: State) -> tuple[Tensor, State]:
             h, c = state
-            raw = drive + self.recurrent(h.to(dtype))
+            raw = add(drive, h)
             i, f, o = torch.sigmoid(raw[:, : 3 * inner]).chunk(3, -1)
             c = torch.addcmul(f * c, i, torch.tanh(raw[:, 3 * inner :]))
             h = o * torch.tanh(c)
             return h, (h, c)
 
-        return fp32(torch.cat([self.gates(x), self.value(x)], -1)), step, local
+        return drive, step, local
 
     @classmethod
     def cost(cls, design: Any, site: Any) -> Cost:

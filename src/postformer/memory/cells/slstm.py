@@ -24,6 +24,7 @@ from postformer.kernels import current
 from postformer.layers.blocks import block_diagonal
 from postformer.layers.local import ShortConvolution
 from postformer.memory.cells import Step, Unit, unit, zeros
+from postformer.memory.cells.feedback import by_head
 from postformer.memory.rules.gates import fp32
 
 NEVER = -1e30
@@ -64,18 +65,18 @@ class SLstm(Unit):
     def local(self, batch: int) -> State:
         return None if self.conv is None else self.conv.initial(batch)
 
-    def prepare(self, x: Tensor, local: State, ctx: Context) -> tuple[Tensor, Step, State]:
+    def prepare(self, x: Tensor, local: State, ctx: Context, once: bool) -> tuple[Tensor, Step, State]:
         seen = x
         if self.conv is not None:
             seen, local = self.conv(x, local, ctx, self.forget_at)
         parts = [block_diagonal(u, w).unflatten(-1, (self.heads, -1))
                  for u, w in ((seen, self.gate_weight), (x, self.value_weight))]
-        recurrent, scale = self.recurrent_weight, current().decay_scale
+        drive, scale = fp32(torch.cat(parts, -1)) + fp32(self.bias), current().decay_scale
+        drive, add = by_head(drive, self.recurrent_weight, once)
 
         def step(drive: Tensor, state: State) -> tuple[Tensor, State]:
             h, c, n, m = state
-            back = torch.bmm(h.transpose(0, 1).to(recurrent.dtype), recurrent).transpose(0, 1)
-            i, f, z, o = (drive + back).chunk(4, -1)
+            i, f, z, o = add(drive, h).chunk(4, -1)
             log_f = F.logsigmoid(f) * scale
             kept = log_f + torch.where(n == 0, NEVER, m)
             m = torch.maximum(kept.detach(), i.detach())
@@ -85,7 +86,7 @@ class SLstm(Unit):
             h = torch.sigmoid(o) * (c / n)
             return h.flatten(1), (h, c, n, m)
 
-        return fp32(torch.cat(parts, -1)) + fp32(self.bias), step, local
+        return drive, step, local
 
     @classmethod
     def cost(cls, design: Any, site: Any) -> Cost:
