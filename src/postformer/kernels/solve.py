@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -91,12 +92,13 @@ def kalman_gains(
     C, dtype = _chunk(name, chunk, T), _dtype(k)
     with torch.autocast(k.device.type, enabled=False):
         none = k.new_zeros((), dtype=dtype).expand(B, H, T)
-        args: tuple[Any, ...] = (
+        args = (
             k.to(dtype), r.to(dtype), none if factor is None else factor.to(dtype),
             none if drift is None else drift.to(dtype), None if write is None else write.to(dtype), state.to(dtype),
             start.to(dtype).expand(B, H), reset, None if query is None else query.to(dtype),
         )
-        return gains_recurrent(*args) if _token_by_token(backend, T) else gains_chunked(*args, C)
+        run: Any = gains_recurrent if _token_by_token(backend, T) else partial(gains_chunked, C=C)
+        return run(*args)
 
 
 def precision(
@@ -137,12 +139,12 @@ def precision(
     with torch.autocast(phi.device.type, enabled=False):
         one = phi.new_ones((), dtype=dtype).expand(B, T, H, 1)
         begin = start.to(dtype).unsqueeze(-1) if start.ndim == 1 else start.to(dtype)
-        args: tuple[Any, ...] = (
+        args = (
             one if factor is None else factor.to(dtype).exp().transpose(1, 2),
             one * 0 if drift is None else drift.to(dtype).transpose(1, 2), phi.to(dtype).transpose(1, 2),
             state.to(dtype), begin.expand(B, H, d), reset,
         )
-        run = precision_recurrent if _token_by_token(backend, T) else precision_blocked
+        run: Any = precision_recurrent if _token_by_token(backend, T) else precision_blocked
         before, after = run(*args)
         return before.transpose(1, 2), after.transpose(1, 2)
 
@@ -193,9 +195,10 @@ def ridge_solve(
     C, dtype = _chunk(name, chunk, T), _dtype(q)
     with torch.autocast(q.device.type, enabled=False):
         decay = None if g is None else g.to(dtype) * settings.current().decay_scale
-        args: tuple[Any, ...] = (
+        args = (
             q.to(dtype), k.to(dtype), w.to(dtype), decay, ridge.to(dtype).expand(B, H, T, dk),
             None if ratio is None else ratio.to(dtype).expand(B, H, T, 1), state.to(dtype), reset, SOLVERS[solver],
             iterations,
         )
-        return solve_recurrent(*args) if _token_by_token(backend, T) else solve_chunked(*args, C)
+        run: Any = solve_recurrent if _token_by_token(backend, T) else partial(solve_chunked, C=C)
+        return run(*args)

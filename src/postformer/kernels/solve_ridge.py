@@ -89,29 +89,28 @@ def implicit(q: Tensor, product: Product, plain: Product, low: Tensor, high: Ten
 
 def solve_recurrent(q: Tensor, k: Tensor, w: Tensor, g: Tensor | None, ridge: Tensor, ratio: Tensor | None, H: Tensor,
                     reset: Tensor | None, solver: Solver, iterations: int) -> tuple[Tensor, Tensor]:
-    """Token by token with H written out; shapes as in ridge_solve, all in one dtype."""
-    out, H = [], symmetric(H)
+    """With every H_t written out, token by token; shapes as in ridge_solve, all in one dtype."""
+    H, seen = symmetric(H), []
     for t in range(q.shape[2]):
         if reset is not None:
             H = H.masked_fill(reset[:, t, None, None, None], 0.0)
         if g is not None:
             H = g[:, :, t, :, None].exp() * H
         H = H + w[:, :, t, :, None] @ k[:, :, t, None]
-        diagonal, norm = ridge[:, :, t], H.square().sum((-1, -2)).clamp_min(tiny(H))[..., None].sqrt()
-        if ratio is not None:
-            diagonal = diagonal + ratio[:, :, t] * norm
+        seen.append(H)
+    each = torch.stack(seen, 2)
+    norm = each.square().sum((-1, -2)).clamp_min(tiny(H))[..., None].sqrt()
+    diagonal = ridge if ratio is None else ridge + ratio * norm
+    fixed, at, size = each.detach(), diagonal.detach(), norm.detach()
 
-        def product(p: Tensor, H: Tensor = H, diagonal: Tensor = diagonal) -> Tensor:
-            return (p[..., None, :] @ H).squeeze(-2) + diagonal * p
+    def product(p: Tensor) -> Tensor:
+        return (p[..., None, :] @ each).squeeze(-2) + diagonal * p
 
-        fixed, at, size = H.detach(), diagonal.detach(), norm.detach()
+    def plain(p: Tensor) -> Tensor:
+        return (p[..., None, :] @ fixed).squeeze(-2) + at * p
 
-        def plain(p: Tensor, H: Tensor = fixed, diagonal: Tensor = at) -> Tensor:
-            return (p[..., None, :] @ H).squeeze(-2) + diagonal * p
-
-        low, high = at.amin(-1, keepdim=True), at.amax(-1, keepdim=True) + size
-        out.append(implicit(q[:, :, t], product, plain, low, high, solver, iterations))
-    return torch.stack(out, 2), H
+    low, high = at.amin(-1, keepdim=True).expand_as(size), at.amax(-1, keepdim=True) + size
+    return implicit(q, product, plain, low, high, solver, iterations), H
 
 
 def tiny(x: Tensor) -> float:
