@@ -1,7 +1,7 @@
 """The map of a cell's last output inside the loop over the tokens: drive_t + R h_{t-1}.
 
-Autograd would add up T gradients as large as R, one per token. The sum enters the drive as it is, so the gradient of the
-drive is that of every R h, and R's is one product over all tokens once the loop has been walked back.
+Autograd would add up T gradients as large as R, one per token. The sum takes the drive as it is, so that the drive's
+gradient is that of every R h, and R's is one product over all tokens once the loop has been walked back.
 """
 
 from __future__ import annotations
