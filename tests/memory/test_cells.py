@@ -38,7 +38,7 @@ def mixer_of(design):
     ({"parameterisation": "lif", "local": "conv4"}, "'local' means nothing", "leave it out"),
     ({"parameterisation": "slstm", "threshold": 2.0}, "'threshold' means nothing", "leave it out"),
     ({"parameterisation": "slstm", "local": "shift"}, "not by shift", "local: conv4"),
-    ({"parameterisation": "slstm", "heads": 3}, "16 cells on 16 channels do not divide into heads: 3", "give a divisor"),
+    ({"parameterisation": "slstm", "heads": 3}, "16 cells on 16 channels do not divide", "give a divisor"),
     ({"parameterisation": "lstm", "dim_inner": 24}, "24 cells do not fit a layer of 16 channels", "set out: true"),
     ({"parameterisation": "lif", "threshold": 0.0}, "threshold", "greater than 0"),
     ({"parameterisation": "lif", "surrogate": "atan2"}, "surrogate", "'atan'"),
