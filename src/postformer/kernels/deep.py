@@ -276,6 +276,11 @@ def deep(
         from .deep_reference import deep_recurrent
 
         o, state = deep_recurrent(learner, q, k, v, gates, extra, state, initial, rule, reset, valid, taking)
+    elif taking is not None and reset is None and not bool(taking.any()):
+        # Nobody learns: all tokens read the same weights.
+        read = state.running if rule.visible == "token" else state.frozen
+        o = learner.predict(q, lambda i, x: x @ read[i])
+        o = o if valid is None else o.masked_fill(~valid[:, None, :, None], 0)
     else:
         from .deep_chunk import deep_chunked
 
