@@ -1,7 +1,7 @@
 """Filter memory (kernel K4, then K1): what is written is weighed by how sure the memory already is.
 
     S_t = a_t S_{t-1} + change,   v_t = S_t^T k_t + noise of variance r_t        P covers S's columns over keys
-    K_t = P- k_t / (k_t^T P- k_t + r_t),   M- = a_t M_{t-1},   M_t = M- + K_t (v_t - M-^T k_t)^T,   P = P- - K_t k_t^T P-
+    K_t = P- k_t / (k_t^T P- k_t + r_t),  M- = a_t M_{t-1},  M_t = M- + K_t (v_t - M-^T k_t)^T,  P = P- - K_t k_t^T P-
     o_t = M_t^T q_t with variance q_t^T P_t q_t in every channel
 
 The delta rule is the filter whose P- is always p I. Here P is kept: in full (2511.21016 names the relation; gains by
