@@ -10,6 +10,7 @@ from torch import Tensor
 
 from postformer.contract import state as states
 from postformer.contract.mixer import Mixer
+from postformer.contract.step import StepMemory
 from postformer.kernels import use
 from postformer.verify.check import EXACT, FP32, FP64, Found, check, driven
 from postformer.verify.compare import error, finite, gradient_error, state_error
@@ -52,7 +53,12 @@ def parallel(s: Subject) -> Found:
         top = max(found, key=lambda k: found[k])
         if found[top] > worst or not where:
             worst, where = found[top], f"{top}, decay x {scale:g}"
-    return worst, FP64, where
+    return worst, FP64, "; ".join([where, *ways(s)])
+
+
+def ways(s: Subject) -> list[str]:
+    """How each kind of memory that is written step by step runs, in its own words."""
+    return sorted({f"{m.design.kind} {m.parallel}" for m in s.model.modules() if isinstance(m, StepMemory)})
 
 
 @check("parallel = token by token, fp32")
