@@ -83,7 +83,8 @@ def approximate(isotropic: bool):
         a, (r, p_0), out = mamba_decay(w, x)[:, 0], noise_and_prior(w, x), []
         for h, (q, k, v) in enumerate(projected(w, x, here)):
             one = torch.ones((), dtype=x.dtype) if isotropic else torch.ones(DK, dtype=x.dtype)
-            p, s = here.memory.get(("p", h), p_0[h] * one), here.memory.get(("s", h), torch.zeros(DV, DK, dtype=x.dtype))
+            p = here.memory.get(("p", h), p_0[h] * one)
+            s = here.memory.get(("s", h), torch.zeros(DV, DK, dtype=x.dtype))
             p, s = a[h] ** 2 * p + (1 - a[h] ** 2) * p_0[h], a[h] * s
             s = s + torch.outer(v - s @ k, p * k / ((p * k * k).sum() + r[h]))
             p = p / (1 + p * ((k * k).sum() / DK if isotropic else k * k) / r[h])
@@ -97,7 +98,7 @@ def approximate(isotropic: bool):
 def kalman_linear_attention(w: Weights, x: Tensor, here: Here) -> Tensor:
     """2602.10743 in information form: precision lam and eta = lam * mean of every entry of the state,
 
-    rho = 1 / (a^2 / lam + p),  lam = rho + k^2 / r,  eta = rho a (eta / lam_before) + k v / r,  y = sum_n q_n eta_n / lam_n
+    rho = 1 / (a^2 / lam + p),  eta = rho a (eta / lam) + k v / r,  lam = rho + k^2 / r,  y = sum_n q_n eta_n / lam_n
     with p = (1 - a^2) p_0, the exactly discretised Ornstein-Uhlenbeck process.
     """
     a, (r, p_0), out = mamba_decay(w, x), noise_and_prior(w, x), []
