@@ -57,6 +57,14 @@ def test_concat_pads_lists_to_the_largest_capacity_and_inverts_select():
     assert states.concat([None, None]) is None
 
 
+def test_leaves_that_share_memory_are_saved_apart():
+    one = torch.arange(6.0).view(2, 3)
+    back = states.unflatten(load(save(states.flatten((one, one, one[:1])))), (one, one, one[:1]))
+    assert torch.equal(back[0], one)
+    assert torch.equal(back[1], one)
+    assert torch.equal(back[2], one[:1])
+
+
 def test_where_takes_rows():
     new, old = tree(3, 2, [1, 1, 1]), tree(3, 2, [2, 2, 2], seed=1)
     mixed = states.where(torch.tensor([True, False, True]), new, old)

@@ -107,8 +107,18 @@ def detach(state: State) -> State:
 
 
 def flatten(state: State, prefix: str = "state") -> dict[str, Tensor]:
-    """Leaves by path, for saving with safetensors; `unflatten` needs a state of the same structure."""
-    return {f"{prefix}.{i}": leaf.detach().contiguous() for i, leaf in enumerate(leaves(state))}
+    """Leaves by path, for saving with safetensors; `unflatten` needs a state of the same structure.
+
+    No two of them share memory, as leaves of a state may.
+    """
+    flat: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for i, leaf in enumerate(leaves(state)):
+        leaf = leaf.detach().contiguous()
+        own = leaf.untyped_storage().data_ptr()
+        flat[f"{prefix}.{i}"] = leaf.clone() if own in taken else leaf
+        taken.add(own)
+    return flat
 
 
 def unflatten(tensors: dict[str, Tensor], like: State, prefix: str = "state") -> State:

@@ -41,6 +41,13 @@ class Window(NamedTuple):
     extra: Tensor | None
 
 
+def joined(before: Window, now: Window) -> Window:
+    """One window after the other."""
+    extra = None if before.extra is None or now.extra is None else torch.cat([before.extra, now.extra], 2)
+    k, v, weight = (torch.cat([a, b], 2) for a, b in zip(before[:3], now[:3]))
+    return Window(k, v, weight, extra)
+
+
 class DeepState(NamedTuple):
     frozen: Weights
     """Where gradients are taken: the weights at the start of the chunk"""
@@ -80,7 +87,11 @@ class Gates(NamedTuple):
     weight: Tensor | None
     """Of the token's loss, where losses are summed over a window"""
     write: Tensor | None
-    """[B, 1, T], of tokens that are later seen through the window"""
+    """Of tokens that are later seen through the window, or whose gradients have no theta (Muon)"""
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Gates:
+        theta, *others = self
+        return Gates(fn(theta), *(None if x is None else fn(x) for x in others))
 
 
 def start(running: Weights, rule: Rule, *, momentum: bool, dims: tuple[int, int], extra: int = 0) -> DeepState:
@@ -249,7 +260,8 @@ def deep(
         _fail("reset needs the state that a document begins with; give initial")
     dtype, out_dtype = (torch.float64 if q.dtype == torch.float64 else torch.float32), q.dtype
     q, k, v, theta = (x.to(dtype) for x in (q, k, v, theta))
-    log_gamma, log_eta, weight, extra = (None if x is None else x.to(dtype) for x in (log_gamma, log_eta, weight, extra))
+    log_gamma, log_eta, weight, extra = (
+        None if x is None else x.to(dtype) for x in (log_gamma, log_eta, weight, extra))
     scale = settings.current().decay_scale
     if scale != 1.0:
         log_gamma = None if log_gamma is None else log_gamma * scale

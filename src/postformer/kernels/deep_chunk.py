@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .deep import DeepState, Gates, Rule, Window, choose_rows, clipped, settled, spread
+from .deep import DeepState, Gates, Rule, Window, choose_rows, clipped, joined, settled, spread
 from .deep_grid import Grid
 
 
@@ -73,7 +73,7 @@ def sums_of(gates: Gates, rule: Rule, taken: Tensor | None) -> Sums:
         weight = torch.where(own, one[..., None, :], later[..., None, :])
         # The window's own weights stand in the state; they are multiplied in where the gradients are taken.
         weight = F.pad(weight, (c - 1, 0), value=1.0)
-        omega, scale = torch.where(inside, weight, 0) * rate[..., None], None
+        omega, scale = torch.where(inside, weight, 0) * rate[..., None], rate
 
     if gates.log_eta is None:
         lz, eta, z = omega, None, None
@@ -95,7 +95,7 @@ def sums_of(gates: Gates, rule: Rule, taken: Tensor | None) -> Sums:
         eta = eta[..., -1, None, None]
     if rule.orthogonal:
         return Sums(kept, None, None, eta, z, far)
-    g = lgm * scale[..., None, :] if lz is None and scale is not None else lgm @ lz  # type: ignore[operator]
+    g = lgm * scale[..., None, :] if lz is None else lgm @ lz
     return Sums(kept, pushed, g, eta, z, far)
 
 
@@ -128,8 +128,8 @@ def deep_chunked(
         for mask in (valid, taking):
             here = here if mask is None else here * mask[:, None].to(here.dtype)
         takes = torch.stack(lay(here)) > 0
-    rows = sums_of(Gates(*(None if x is None else torch.stack(lay(x)) for x in gates)), rule, takes)
-    rows = [Sums(*(None if x is None else x[n] for x in rows)) for n in range(grid.rows)]
+    sums = sums_of(gates.map(lambda x: torch.stack(lay(x))), rule, takes)
+    rows = [Sums(*(None if x is None else x[n] for x in sums)) for n in range(grid.rows)]
     qs, ks, vs = lay(q), lay(k), lay(v)
     extras = None if extra is None else lay(extra)
     laters = None
@@ -146,8 +146,7 @@ def deep_chunked(
         window = state.window
         counts = None
         if window is not None and laters is not None:
-            seen = Window(*(None if a is None or b is None else torch.cat([a, b], 2)
-                            for a, b in zip(window, seen._replace(weight=laters[n]))))
+            seen = joined(window, seen._replace(weight=laters[n]))
             counts = torch.cat([window.weight, torch.ones_like(laters[n])], 2)
             assert takes is not None
             window = _last(seen, takes[n], c - 1)
@@ -166,9 +165,10 @@ def deep_chunked(
         if s.g is not None:
             running = tuple(w - (a * spread(s.g[..., -1, :], a)).mT @ r for w, (a, r) in zip(running, pairs))
         momentum, step = state.momentum, state.step
-        if momentum is not None and s.z is not None:
-            momentum = tuple(s.eta * z - (a * spread(s.z, a)).mT @ r for z, (a, r) in zip(momentum, pairs))
-        if step is not None:
+        if momentum is not None and s.z is not None and s.eta is not None:
+            eta, last = s.eta, s.z
+            momentum = tuple(eta * z - (a * spread(last, a)).mT @ r for z, (a, r) in zip(momentum, pairs))
+        if step is not None and s.far is not None:
             step = (step if s.kept is None else step * s.kept[..., -1, 0]) + s.far
         state = DeepState(state.frozen, running, momentum, step, window, state.phase)
         if grid.all_full[n]:
@@ -185,6 +185,7 @@ def _reader(state: DeepState, s: Sums, pairs: list[tuple[Tensor, Tensor]]) -> An
 
     def apply(i: int, x: Tensor) -> Tensor:
         a, r = pairs[i]
+        assert s.g is not None
         y = x @ state.running[i]
         if s.kept is not None:
             y = s.kept * y
@@ -200,10 +201,8 @@ def _last(seen: Window, taken: Tensor, n: int) -> Window:
     taken = F.pad(taken[:, 0], (n, 0), value=True)
     order = torch.argsort(taken.to(torch.uint8), dim=1, stable=True)[:, -n:]
 
-    def pick(x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
+    def pick(x: Tensor) -> Tensor:
         index = order.view(order.shape[0], 1, n, *(1,) * (x.ndim - 3))
         return x.gather(2, index.expand(-1, x.shape[1], -1, *x.shape[3:]))
 
-    return Window(*(pick(x) for x in seen))  # type: ignore[arg-type]
+    return Window(pick(seen.k), pick(seen.v), pick(seen.weight), None if seen.extra is None else pick(seen.extra))

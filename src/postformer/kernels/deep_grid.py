@@ -1,8 +1,8 @@
-"""Where the tokens of a call stand in the chunks of a deep memory: rows of slots, each inside one chunk of one document.
+"""Where the tokens of a call stand in the chunks of a deep memory: rows of slots, each within one chunk.
 
-A chunk ends when `chunk` tokens have taken a slot in it, however the tokens are cut into calls. A token that does not
-exist has no slot; one that only reads has one but does not count. What a row holds of its chunk is free: the recurrences
-are linear inside a chunk, so rows of one chunk compose exactly and empty slots are identities.
+A chunk ends with its document, or when `chunk` tokens have taken part in it, however they are cut into calls. A token
+that does not exist has no slot; one that only reads has one but does not count. What a row holds of its chunk is free:
+the recurrences are linear inside a chunk, so its rows compose exactly, and empty slots are identities.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .deep import DeepState, Gates, Rule, Window, choose_rows, clipped, settled, spread
+from .deep import DeepState, Gates, Rule, Window, choose_rows, clipped, joined, settled, spread
 
 
 def deep_recurrent(
@@ -25,7 +25,7 @@ def deep_recurrent(
     taking: Tensor | None,
 ) -> tuple[Tensor, DeepState]:
     """Arguments as in `deep`, gates applied."""
-    B, H, T, _ = q.shape
+    B, T = q.shape[0], q.shape[2]
     out = []
     for t in range(T):
         if reset is not None:
@@ -34,7 +34,7 @@ def deep_recurrent(
         for mask in (valid, taking):
             taken = taken if mask is None else taken & mask[:, t]
         at = slice(t, t + 1)
-        g = Gates(*(None if x is None else x[:, :, at] for x in gates))
+        g = gates.map(lambda x, at=at: x[:, :, at])
 
         # The tokens whose losses this token's step lowers, and how much each counts.
         one = torch.ones_like(g.theta) if g.weight is None else g.weight
@@ -42,7 +42,7 @@ def deep_recurrent(
         later = seen._replace(weight=one if g.write is None else one * g.write)
         if state.window is not None:
             counts = torch.cat([state.window.weight, one], 2)
-            seen, later = _join(state.window, seen), _join(state.window, later)
+            seen, later = joined(state.window, seen), joined(state.window, later)
         pairs = learner.gradients(seen.k, seen.v, state.frozen, seen.extra)
         pairs = clipped(pairs, seen.k.shape[2], rule.clip)
         if rule.orthogonal:
@@ -70,7 +70,7 @@ def deep_recurrent(
         out.append(learner.predict(q[:, :, at], lambda i, x, read=read: x @ read[i]))
 
         window = None if state.window is None else choose_rows(
-            taken, Window(*(None if x is None else x[:, :, 1:] for x in later)), state.window)
+            taken, tuple(None if x is None else x[:, :, 1:] for x in later), state.window)
         phase = state.phase + taken.long()
         full = phase == rule.chunk
         state = DeepState(state.frozen, running, momentum, step, window, phase % rule.chunk)
@@ -78,7 +78,3 @@ def deep_recurrent(
             state = choose_rows(full, settled(state, rule), state)
     o = torch.cat(out, 2)
     return (o if valid is None else o.masked_fill(~valid[:, None, :, None], 0)), state
-
-
-def _join(before: Window, now: Window) -> Window:
-    return Window(*(None if a is None or b is None else torch.cat([a, b], 2) for a, b in zip(before, now)))

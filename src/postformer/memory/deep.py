@@ -10,7 +10,7 @@ user's losses are differentiated by torch.func.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from postformer.contract.state import State
 from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.design.registry import register
-from postformer.kernels.deep import Rule, deep, start
+from postformer.kernels.deep import DeepState, Rule, deep, start
 from postformer.layers.activation import ACTIVATIONS
 from postformer.layers.local import ShortConvolution
 from postformer.layers.norm import HeadNorm, l2norm
@@ -82,6 +82,12 @@ def gate_names(design: DeepDesign) -> dict[str, float]:
     return found
 
 
+class DeepMemoryState(NamedTuple):
+    memory: DeepState
+    local: Tensor | None
+    """[B, taps, channels], of the short convolution"""
+
+
 @register(DeepDesign)
 class Deep(Mixer):
     def __init__(self, design: DeepDesign, site: Any) -> None:
@@ -100,9 +106,10 @@ class Deep(Mixer):
         local = design.local
         self.conv = (ShortConvolution(sum(self.widths), local.size, local.bias, local.activation)
                      if local.kind == "conv" else None)
-        self.start = nn.ParameterDict({
-            f"{name}_weight": site.parameter(name, (self.heads, a, b), lambda p, a=a: p.normal_(0, a**-0.5))
-            for name, (a, b) in self.net.maps.items()})
+        self.start = nn.ParameterDict()
+        for name, (a, b) in self.net.maps.items():
+            self.start[f"{name}_weight"] = site.parameter(
+                name, (self.heads, a, b), lambda p, a=a: p.normal_(0, a**-0.5))
         self.inner_norm = nn.ParameterDict()
         if design.net.residual == "norm":
             self.inner_norm["weight"] = site.parameter("norm_weight", (inner,), lambda p: p.fill_(1), role="norm")
@@ -115,20 +122,20 @@ class Deep(Mixer):
         if read.gate != "none":
             self.gate = (site.linear("gate", site.width, inner, role="gate") if rank is None
                          else LowRank(site, "gate", site.width, rank, inner))
-        self.out = site.linear("out", inner, site.dim_out)
+        self.out = site.linear("out", inner, site.dim_out) if read.out else None
 
-    def initial(self, batch: int, condition: Tensor | None = None) -> State:
+    def initial(self, batch: int, condition: Tensor | None = None) -> DeepMemoryState:
         # Copies: a state must not change when the parameters are trained.
         running = tuple(fp32(w).expand(batch, *w.shape).clone() for w in self.start.values())
         memory = start(running, self.rule, momentum="momentum" in self.gates, dims=(self.channels, self.dim_value),
                        extra=int("delta" in self.gates))
-        return {"memory": memory, **({} if self.conv is None else {"local": self.conv.initial(batch)})}
+        return DeepMemoryState(memory, None if self.conv is None else self.conv.initial(batch))
 
     def mix(self, x: Tensor, state: State, ctx: Context) -> Out:
         q, k, v = self.q(x), self.k(x), self.v(x)
-        after = {}
+        local = state.local
         if self.conv is not None:
-            mixed, after["local"] = self.conv(torch.cat([q, k, v], -1), state["local"], ctx, self.forget_at)
+            mixed, local = self.conv(torch.cat([q, k, v], -1), local, ctx, self.forget_at)
             q, k, v = mixed.split(self.widths, -1)
         q, k, v = (fp32(u).unflatten(-1, (self.heads, -1)).transpose(1, 2) for u in (q, k, v))
         for name in self.design.features:
@@ -146,16 +153,17 @@ class Deep(Mixer):
             extra = (1e-3 + F.softplus(raw["delta"]))[..., None] if loss.delta is None else \
                 torch.full_like(v[..., :1], loss.delta)
         reset = ctx.reset(self.forget_at)
-        o, after["memory"] = deep(
-            Inner(self.net, slope(loss.name, loss.p or 3.0), norm), q, k, v, self._theta(raw["rate"]),
-            state=state["memory"], rule=self.rule,
+        inner = Inner(self.net, slope(loss.name, loss.p or 3.0), norm, self.design.net.eps)
+        o, memory = deep(
+            inner, q, k, v, self._theta(raw["rate"]), state=state.memory, rule=self.rule,
             log_gamma=F.logsigmoid(-raw["decay"]) if "decay" in raw else None,
             log_eta=F.logsigmoid(raw["momentum"]) if "momentum" in raw else None,
             weight=raw["window"].sigmoid() if "window" in raw else None,
             extra=extra, tick=ctx.tick, write=ctx.write, valid=ctx.valid, reset=reset,
-            initial=None if reset is None else self.initial(x.shape[0])["memory"],
+            initial=None if reset is None else self.initial(x.shape[0]).memory,
         )
-        return Out(self._read(o.transpose(1, 2).flatten(-2).to(x.dtype), x), after)
+        return Out(self._read(o.transpose(1, 2).flatten(-2).to(x.dtype), x),
+                   DeepMemoryState(memory, local))
 
     def _theta(self, raw: Tensor) -> Tensor:
         rate = self.design.update.rate
@@ -169,7 +177,8 @@ class Deep(Mixer):
             o, gate = o * gate, None
         if self.norm is not None:
             o = self.norm(o)
-        return self.out(o if gate is None else o * gate)
+        o = o if gate is None else o * gate
+        return o if self.out is None else self.out(o)
 
     @classmethod
     def traits(cls, design: DeepDesign) -> Traits:
@@ -205,8 +214,12 @@ class Deep(Mixer):
         net, read, u = net_of(design, channels, dim_value), design.read, design.update
         keys, inner, gates = heads * dim_key, heads * dim_value, gate_names(design)
         total = site.linear_cost(site.width, keys) + site.linear_cost(site.width, keys) + \
-            site.linear_cost(site.width, inner) + site.linear_cost(inner, site.dim_out) + \
-            ShortConvolution.cost(2 * keys + inner, design.local)
+            site.linear_cost(site.width, inner) + ShortConvolution.cost(2 * keys + inner, design.local)
+        if read.out:
+            total += site.linear_cost(inner, site.dim_out)
+        elif inner != site.dim_out:
+            raise ValueError(f"{inner} channels of all heads do not fit a width of {site.dim_out}; set read.out: true, "
+                             "or leave heads.dim_value out")
         for _ in gates:
             total += site.linear_cost(site.width, heads, role="gate") + Cost(params=heads)
         if read.gate != "none":

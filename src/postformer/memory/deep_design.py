@@ -24,6 +24,8 @@ class InnerNet(Design):
     bias: bool = False
     residual: Literal["none", "norm"] = "none"
     """norm: x + LN(f(x)), with LN's weight and bias learned outside (TTT, 2407.04620)"""
+    eps: float = Field(default=1e-6, gt=0)
+    """Of that norm"""
     size: int = Field(default=3, ge=2, le=15)
     """Neighbouring channels that a convolution sees"""
 
@@ -32,7 +34,7 @@ class InnerNet(Design):
         if self.kind == "linear" and self.depth not in (None, 1):
             raise ValueError(f"a linear memory is one map; leave depth out, or use kind: mlp for {self.depth}")
         if self.kind == "gated" and self.depth not in (None, 2):
-            raise ValueError(f"a gated net has two maps side by side and one after them; leave depth ({self.depth}) out")
+            raise ValueError(f"a gated net is two maps side by side and one after them; leave depth ({self.depth}) out")
         if self.size != 3 and self.kind != "convolution":
             raise ValueError("net.size is the width of a convolution; leave it out, or set kind: convolution")
         return self
@@ -94,7 +96,7 @@ class Rate(Design):
 
 
 class DeepUpdate(Design):
-    """The inner optimiser. Its chunk and window are part of the model: they say at which weights gradients are taken."""
+    """The inner optimiser. Chunk and window are part of the model: they say at which weights gradients are taken."""
 
     kind: Literal["gradient", "momentum", "muon"] = "gradient"
     """momentum: Z = eta Z - theta grad, eta in (0, 1) per head, chosen by the input. muon: the step is Z made

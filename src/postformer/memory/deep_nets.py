@@ -8,6 +8,7 @@ input a and the cotangent r of its output, is all that kernel K3 needs: grad W =
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class Mlp(Net):
     def __init__(self, d_in: int, d_out: int, depth: int, hidden: int, activation: str, bias: bool) -> None:
         super().__init__(activation, bias)
         sizes = [d_in, *[hidden] * (depth - 1), d_out]
-        self.maps = {f"map{i + 1}": (a + bias, b) for i, (a, b) in enumerate(zip(sizes, sizes[1:]))}
+        self.maps = {f"map{i + 1}": (a + bias, b) for i, (a, b) in enumerate(pairwise(sizes))}
 
     def forward(self, x: Tensor, apply: Apply) -> tuple[Tensor, Any]:
         inputs, raw = [], []
@@ -118,7 +119,7 @@ class Convolution(Net):
     def __init__(self, dim: int, depth: int, hidden: int, size: int, activation: str, bias: bool) -> None:
         super().__init__(activation, bias)
         maps = [1, *[hidden] * (depth - 1), 1]
-        self.maps = {f"map{i + 1}": (a * size + bias, b) for i, (a, b) in enumerate(zip(maps, maps[1:]))}
+        self.maps = {f"map{i + 1}": (a * size + bias, b) for i, (a, b) in enumerate(pairwise(maps))}
         self.dim, self.size, self.shares = dim, size, dim
 
     def patches(self, x: Tensor) -> Tensor:
