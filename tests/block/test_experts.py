@@ -34,7 +34,7 @@ def feedforward(ffn, u):
 
 def by_hand(m, u, top, score, normalise=True, scale=1.0):
     """One token u [D]."""
-    logits = m.router.weight @ u
+    logits = m.router.weight @ u + (0 if m.router.bias is None else m.router.bias)
     s = 1 / (1 + torch.exp(-logits)) if score == "sigmoid" else torch.exp(logits) / torch.exp(logits).sum()
     preferred = (s if m.bias is None else s + m.bias).tolist()
     chosen = sorted(range(len(preferred)), key=lambda i: -preferred[i])[:top]
@@ -54,7 +54,8 @@ def by_hand(m, u, top, score, normalise=True, scale=1.0):
     ({"shared": 0, "balance": "none", "score": "softmax", "normalise": False},
      {"top": 2, "score": "softmax", "normalise": False}),
     ({"top": 4, "balance": "loss", "score": "softmax", "shared_gate": True}, {"top": 4, "score": "softmax"}),
-    ({"experts": 3, "top": 1, "normalise": False}, {"top": 1, "score": "sigmoid", "normalise": False}),
+    ({"experts": 3, "top": 1, "normalise": False, "router_bias": True},
+     {"top": 1, "score": "sigmoid", "normalise": False}),
 ])
 def test_every_token_by_hand(design, formula, backend):
     m, counts = experts(**design), [0] * design.get("experts", 8)

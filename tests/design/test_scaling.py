@@ -40,7 +40,7 @@ def test_large_sizes_are_costed_without_building(name):
 
 def test_layers_keep_the_pattern_and_the_single_entries():
     assert load("rwkv7", layers=3).model.stack == ("first", "time", "time")
-    kinds = load("qwen3-next-style", layers=12).model.stack
+    kinds = load("qwen3-next", layers=12).model.stack
     assert [i for i, k in enumerate(kinds) if k.startswith("attention")] == [3, 7, 11]
     assert [k.split("/")[0] for k in load("griffin", layers=2).model.stack] == ["recurrent", "attention"]
 

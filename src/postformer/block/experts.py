@@ -41,6 +41,8 @@ class ExpertsDesign(Design):
     """Experts that every token takes, beside the chosen ones; n of them are one that is n times as wide."""
     expert: FeedForwardDesign = FeedForwardDesign()
     """One expert. Sizes are per expert: fine-grained experts have a small `expand`."""
+    router_bias: bool = False
+    """The router's map has a bias, which weighs as well as chooses (BlackMamba, 2402.01771)."""
     score: Literal["sigmoid", "softmax"] = "sigmoid"
     """Of the router's logits: each expert on its own (2412.19437), or all together."""
     normalise: bool = True
@@ -92,7 +94,7 @@ class Experts(Mixer):
     def __init__(self, design: ExpertsDesign, site: Any) -> None:
         super().__init__()
         self.design = design
-        self.router = site.linear("router", site.width, design.experts, role="gate")
+        self.router = site.linear("router", site.width, design.experts, bias=design.router_bias, role="gate")
         self.experts = nn.ModuleList(FeedForward(design.expert, site.child(f"experts.{i}"), role="expert")
                                      for i in range(design.experts))
         self.shared = FeedForward(design.shared_expert(site.width), site.child("shared"), role="expert") \
@@ -107,8 +109,8 @@ class Experts(Mixer):
         scores = self.scores(u)
         chosen, weight = self.choose(scores)
         load = torch.bincount(chosen.flatten(), minlength=self.design.experts)
-        token_by_token = current().backend == "reference" and len(u)
-        y = self._one_by_one(u, chosen, weight) if token_by_token else self._grouped(u, chosen, weight, load)
+        reference = current().backend == "reference"
+        y = self._masked(u, chosen, weight) if reference else self._grouped(u, chosen, weight, load)
         if self.shared is not None:
             shared = self.shared.transform(u)
             y = y + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(u)) * shared)
@@ -144,12 +146,16 @@ class Experts(Mixer):
         made = made * weight.flatten()[order, None]
         return made.new_zeros(len(u), made.shape[1]).index_add(0, rows, made)
 
-    def _one_by_one(self, u: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
-        """The same token by token."""
-        return torch.stack([
-            torch.stack([g * self._expert(i).transform(row) for i, g in zip(picks, gates)]).sum(0)
-            for row, picks, gates in zip(u, chosen.tolist(), weight)
-        ])
+    def _masked(self, u: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
+        """The same, obviously right: expert by expert, added where it was chosen."""
+        y = []
+        for i in range(self.design.experts):
+            picked = chosen == i
+            rows = picked.any(-1)
+            share = (weight * picked).sum(-1, keepdim=True)
+            made = share[rows] * self._expert(i).transform(u[rows])
+            y.append(made.new_zeros(len(u), made.shape[1]).masked_scatter(rows[:, None], made))
+        return torch.stack(y).sum(0)
 
     def _expert(self, i: int) -> FeedForward:
         made = self.experts[i]
@@ -174,7 +180,7 @@ class Experts(Mixer):
     def cost(cls, design: ExpertsDesign, site: Any) -> Cost:
         one = FeedForward.cost(design.expert, site.child("experts.0"), role="expert")
         idle = Cost(params=(design.experts - design.top) * one.params)
-        total = site.linear_cost(site.width, design.experts, role="gate") + idle
+        total = site.linear_cost(site.width, design.experts, bias=design.router_bias, role="gate") + idle
         total = sum((one for _ in range(design.top)), total)
         if design.shared:
             total += FeedForward.cost(design.shared_expert(site.width), site.child("shared"), role="expert")

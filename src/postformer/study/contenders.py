@@ -82,13 +82,14 @@ CONTENDERS = (
         ("S ← S (I − β_j k_j k_j^⊤) + β_j v_j k_j^⊤, j = 1, 2",), ("2502.10297", "2411.12537"),
     ),
     Contender(
-        "hybrid", "qwen3-next-style", "memory", _HEADS,
+        "hybrid", "qwen3-next", "memory", _HEADS,
         "Gated delta layers with an attention layer among them, as in Qwen3-Next: a fixed memory for most of the work, "
         "a list for what must be looked up.",
         "matrices, and in the attention layers a list", "squared error; none in attention",
         "one decay per head and token; attention keeps everything", "one gradient step; append",
         ("S_t = α_t S_{t-1} (I − β_t k_t k_t^⊤) + β_t v_t k_t^⊤", "o_t = ∑_{i≤t} softmax_i(q_t · k_i / √{d}) v_i"),
-        "2412.06464", ("model.mixers.attention.heads={query: 2, key_value: 2, dim: 16}", "model.embedding={tie: true}"),
+        "2412.06464", ("model.mixers.attention.heads={query: 2, key_value: 2, dim: 16}", "model.embedding={tie: true}",
+                       "model.mixers.feedforward={kind: swiglu}"),
         least_layers=2,
     ),
 )  # fmt: skip

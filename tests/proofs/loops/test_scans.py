@@ -9,6 +9,7 @@ from loops_plain import (
     Weights,
     convolve,
     gelu_tanh,
+    layer_norm,
     model_loop,
     model_of,
     prove,
@@ -17,6 +18,7 @@ from loops_plain import (
     sigmoid,
     silu,
     softplus,
+    swiglu,
 )
 from torch import Tensor
 
@@ -49,6 +51,33 @@ def test_mamba(record_proof):
     model = model_of("mamba", ["model.mixers.mamba.dim_state=5", "model.mixers.mamba.dim_inner=20"])
     prove(record_proof, "mamba", "2312.00752", model,
           lambda w, tokens: model_loop(w, tokens, [[mamba]] * 2, rms_norm(1e-5)))
+
+
+PREFERENCE = (-0.05, 0.15, 0.1)
+
+
+def one_expert(w: Weights, x: Tensor, here: Here) -> Tensor:
+    """2402.01771: each token goes to one SwiGLU expert, weighed by the sigmoid of its logit.
+
+    The expert is the best one, after a preference that the paper makes of Sinkhorn's algorithm and here is a constant.
+    """
+    s = sigmoid(w.map("router", x))
+    preferred = [a + b for a, b in zip(s.tolist(), PREFERENCE)]
+    best = preferred.index(max(preferred))
+    return s[best] * swiglu(w.at(f"experts.{best}"), x, here)
+
+
+def test_blackmamba(record_proof):
+    model = model_of("blackmamba", ["model.mixers.mamba.dim_state=5", "model.mixers.mamba.dim_inner=20",
+                                    "model.mixers.experts.experts=3"], layers=4)
+    for layer in model.stack.layers[1::2]:
+        layer.sublayers[0].mixer.bias.copy_(torch.tensor(PREFERENCE))
+
+    def norm(w: Weights, x: Tensor) -> Tensor:
+        return (layer_norm if w.has("bias") else rms_norm)(1e-5)(w, x)
+
+    prove(record_proof, "blackmamba", "2402.01771", model,
+          lambda w, tokens: model_loop(w, tokens, [[mamba], [one_expert]] * 2, norm))
 
 
 WINDOW, DIM, QUERIES, BLOCKS = 11, 8, 4, 4

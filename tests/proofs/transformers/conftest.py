@@ -83,6 +83,8 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
                 value = uniform(p, 0, 5)
             elif p.ndim == 1 or last.endswith("bias"):
                 value = 0.5 * noise
+            elif last in ("gate_up_proj", "down_proj"):  # of all experts, one after the other
+                value = noise * p.shape[-1] ** -0.5
             else:
                 fan = p.shape[-2] if last.endswith("gate_weight") else p.shape[1] * (p.shape[2] if p.ndim == 3 else 1)
                 value = noise * fan**-0.5
@@ -134,13 +136,31 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.fixture
+def experts() -> Callable[..., dict[str, Tensor]]:
+    """experts(at, here, router=..., shared=...): their experts at `at`, stacked there, as ours."""
+
+    def run(at: Taken, here: str, router: str, shared: str | None = None) -> dict[str, Tensor]:
+        found = {f"{here}.router.weight": at(f"{router}.weight")}
+        for i, (both, down) in enumerate(zip(at("experts.gate_up_proj"), at("experts.down_proj"))):
+            gate, up = both.chunk(2)
+            found |= {f"{here}.experts.{i}.{name}.weight": value
+                      for name, value in (("gate", gate), ("up", up), ("out", down))}
+        if shared:
+            found |= {f"{here}.shared.{a}.weight": at(f"{shared}.{b}_proj.weight")
+                      for a, b in (("gate", "gate"), ("up", "up"), ("out", "down"))}
+        return found
+
+    return run
+
+
+@pytest.fixture
 def prove(record_proof: Callable[..., None], dtype: torch.dtype) -> Callable[..., None]:
     """prove(recipe, Class, config, mapping): that the recipe's whole language model is the class, in `dtype`."""
 
     def run(recipe: Recipe, cls: Any, config: Any, mapping: Mapping, label: str = "",
             gradient_tolerance: float = 0.0, adjust: Callable[[nn.Module], Any] = lambda _: None) -> None:
         mode = Wide() if dtype == torch.float64 else nullcontext()
-        config._attn_implementation = "eager"
+        config._attn_implementation = config._experts_implementation = "eager"
         with mode:
             theirs = cls(config).eval()
         randomise(theirs)

@@ -1,4 +1,4 @@
-"""gated-deltanet, qwen3-next-style and kda: whole models and layers, weights copied from transformers."""
+"""gated-deltanet, qwen3-next and kda: whole models and layers, weights copied from transformers."""
 
 from __future__ import annotations
 
@@ -43,15 +43,19 @@ def next_delta(at: Any, here: str, keys: int) -> dict[str, Any]:
             f"{here}.out.weight": at("out_proj.weight")}
 
 
-def next_model(take: Any, stack: tuple[str, ...], keys: int) -> dict[str, Any]:
+def swiglu(at: Any, here: str) -> dict[str, Any]:
+    pairs = (("gate", "gate"), ("up", "up"), ("out", "down"))
+    return {f"{here}.{a}.weight": at(f"{b}_proj.weight") for a, b in pairs}
+
+
+def next_model(take: Any, stack: tuple[str, ...], keys: int, feedforward: Any = swiglu) -> dict[str, Any]:
     found = {"embedding.weight": take("model.embed_tokens.weight"), "head.weight": take("lm_head.weight"),
              "stack.norm.weight": take("model.norm.weight")}
     for i, name in enumerate(stack):
         at, here = take.at(f"model.layers.{i}"), f"stack.layers.{i}.sublayers"
         found |= {f"{here}.0.norm.weight": at("input_layernorm.weight"),
                   f"{here}.1.norm.weight": at("post_attention_layernorm.weight")}
-        found |= {f"{here}.1.mixer.{a}.weight": at(f"mlp.{b}_proj.weight")
-                  for a, b in (("gate", "gate"), ("up", "up"), ("out", "down"))}
+        found |= feedforward(at.at("mlp"), f"{here}.1.mixer")
         if name.startswith("memory"):
             found |= next_delta(at.at("linear_attn"), f"{here}.0.mixer", keys)
             continue
@@ -63,13 +67,29 @@ def next_model(take: Any, stack: tuple[str, ...], keys: int) -> dict[str, Any]:
     return found
 
 
-def test_qwen3_next(prove: Any) -> None:
-    """Without experts. Their delta rule, norms, angles and softmax are in float32: widened for float64."""
+@pytest.mark.parametrize("count", [6, 0])
+def test_qwen3_next(prove: Any, experts: Any, count: int) -> None:
+    """With experts, and dense by the override in the recipe. Their delta rule, norms, angles, softmax and router are in
+    float32: widened for float64."""
     overrides = ["model.mixers.memory.heads={value: 4, key: 2, dim_key: 16, dim_value: 24}",
                  "model.mixers.attention.heads={query: 4, key_value: 2, dim: 32}"]
-    recipe = load("qwen3-next-style", overrides, width=64, layers=8)
-    config = Qwen3NextConfig(**NEXT, num_hidden_layers=8, linear_num_key_heads=2, tie_word_embeddings=False)
-    prove(recipe, Qwen3NextForCausalLM, config, lambda take: next_model(take, recipe.model.stack, 2))
+    if count:
+        overrides += [f"model.mixers.feedforward.{field}" for field in (f"experts={count}", "top=3",
+                                                                        "expert={dim_hidden: 40}")]
+    else:
+        overrides.append("model.mixers.feedforward={kind: swiglu}")
+    recipe = load("qwen3-next", overrides, width=64, layers=8)
+    config = Qwen3NextConfig(**NEXT | {"num_experts": count}, num_hidden_layers=8, linear_num_key_heads=2,
+                             tie_word_embeddings=False, num_experts_per_tok=3, norm_topk_prob=True,
+                             moe_intermediate_size=40, shared_expert_intermediate_size=40)
+
+    def gated(at: Any, here: str) -> dict[str, Any]:
+        return experts(at, here, router="gate", shared="shared_expert") | {
+            f"{here}.shared_gate.weight": at("shared_expert_gate.weight")}
+
+    prove(recipe, Qwen3NextForCausalLM, config,
+          lambda take: next_model(take, recipe.model.stack, 2, gated if count else swiglu),
+          label="" if count else " (dense)")
 
 
 def test_gated_deltanet(prove: Any) -> None:

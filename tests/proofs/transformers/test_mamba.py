@@ -1,4 +1,4 @@
-"""mamba, mamba2, jamba-style and nemotron-h-style: whole models, weights copied from transformers."""
+"""mamba, mamba2, jamba and nemotron-h-style: whole models, weights copied from transformers."""
 
 from __future__ import annotations
 
@@ -90,9 +90,13 @@ def test_mamba2(prove: Any, groups: int) -> None:
     prove(recipe, Mamba2ForCausalLM, config, weights, label=f" (n_groups={groups})")
 
 
-def test_jamba(prove: Any) -> None:
-    """The dense form: num_experts=1. Their scan, norms and softmax are in float32: widened for float64."""
-    recipe = load("jamba-style", ["model.mixers.attention.heads={query: 4, key_value: 2, dim: 16}"], width=64, layers=8)
+@pytest.mark.parametrize("count", [6, 1])
+def test_jamba(prove: Any, experts: Any, count: int) -> None:
+    """With experts, and dense by the override in the recipe. Their scan, norms, softmax and router are in float32:
+    widened for float64."""
+    overrides = ["model.mixers.attention.heads={query: 4, key_value: 2, dim: 16}"]
+    overrides.append(f"model.mixers.experts.experts={count}" if count > 1 else "model.mixers.experts={kind: swiglu}")
+    recipe = load("jamba", overrides, width=64, layers=8)
     assert [name.startswith("attention") for name in recipe.model.stack].index(True) == 4
 
     def weights(take: Any) -> dict[str, Any]:
@@ -102,7 +106,10 @@ def test_jamba(prove: Any) -> None:
             at, here = take.at(f"model.layers.{i}"), f"stack.layers.{i}.sublayers"
             found |= {f"{here}.0.norm.weight": at("input_layernorm.weight"),
                       f"{here}.1.norm.weight": at("pre_ff_layernorm.weight")}
-            found |= swiglu(at.at("feed_forward"), f"{here}.1.mixer")
+            mixed = count > 1 and name.endswith("experts")
+            assert mixed == (count > 1 and i % 2 == 1)
+            ffn, ours = at.at("feed_forward"), f"{here}.1.mixer"
+            found |= experts(ffn, ours, router="router") if mixed else swiglu(ffn, ours)
             if name.startswith("attention"):
                 found |= attention(at.at("self_attn"), f"{here}.0.mixer")
                 continue
@@ -112,10 +119,10 @@ def test_jamba(prove: Any) -> None:
                       for j, n in enumerate(("dt", "b", "c"))}
         return found
 
-    config = JambaConfig(vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=8, num_experts=1,
-                         num_experts_per_tok=1, num_attention_heads=4, num_key_value_heads=2, mamba_d_state=16,
-                         rms_norm_eps=1e-6)
-    prove(recipe, JambaForCausalLM, config, weights)
+    config = JambaConfig(vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=8, num_experts=count,
+                         num_experts_per_tok=min(2, count), num_attention_heads=4, num_key_value_heads=2,
+                         mamba_d_state=16, rms_norm_eps=1e-6)
+    prove(recipe, JambaForCausalLM, config, weights, label="" if count > 1 else " (dense)")
 
 
 def test_nemotron_h(prove: Any) -> None:
