@@ -141,7 +141,8 @@ model:
   layers:
     a: [{use: {kind: attention}}, {use: ff}]
     b: [{use: block}]
-  shared: {block: {layer: [{use: {kind: chain, of: [{kind: matrix}, {kind: attention}]}}], copies: 2}}
+  shared:
+    block: {layer: [{use: {kind: chain, of: [{kind: envelope, of: {kind: cell}}, {kind: attention}]}}], copies: 2}
   stack: [a, b, b]
 """
 
@@ -150,7 +151,8 @@ def test_explain_shows_mixers_wherever_they_are_written(inside, tmp_path):
     (tmp_path / "mixed.yaml").write_text(MIXED)
     done = inside("explain", "mixed.yaml", "--json")
     assert done.code == 0, done.err
-    assert list(done.json["memories"]) == ["layers.a.0", "shared.block.layer.0.of.0", "shared.block.layer.0.of.1"]
+    block = "shared.block.layer.0"
+    assert list(done.json["memories"]) == ["layers.a.0", f"{block}.of.0.of", f"{block}.of.1"]
     assert "1 x  attention  then  ff (swiglu)" in done.out
     assert "2 x  block (shared)" in done.out
     assert "shared block block, 2 copies:  chain" in done.out

@@ -71,3 +71,16 @@ def resolve(kind: str) -> Any:
             raise DesignError(f"the package that offers kind '{kind}' loads {loaded!r} but does not register it; "
                               "decorate the class with @register(ItsDesign)", path="kind")
     return _classes[kind]
+
+
+def inside(design: Design, path: str) -> list[tuple[str, Any]]:
+    """(path, design) of the mixers in a composite's fields and in theirs, whatever the fields are called."""
+    known, found = set(kinds()), []
+    for field in type(design).model_fields:
+        value = getattr(design, field)
+        parts = [(f"{field}.{i}", v) for i, v in enumerate(value)] if isinstance(value, tuple) else [(field, value)]
+        for part, child in parts:
+            kind = getattr(child, "kind", None) if isinstance(child, Design) else None
+            if kind in known and type(child) is resolve(kind).Design:
+                found += [(f"{path}.{part}", child), *inside(child, f"{path}.{part}")]
+    return found

@@ -148,7 +148,8 @@ def _choices(run: RunFiles, drawn: str) -> dict[str, Any]:
     try:
         recipe = load(run.recipe)
         summary = recipe.summary
-        found = [c for d in recipe.model.mixers.values() if (c := registry.resolve(d.kind).choices(d))]
+        mixers = [m for d in recipe.model.mixers.values() for m in (d, *(m for _, m in registry.inside(d, "")))]
+        found = [c for m in mixers if (c := registry.resolve(m.kind).choices(m))]
     except DesignError:
         pass  # a kind of a package that is not installed here: the run's numbers are shown all the same
 

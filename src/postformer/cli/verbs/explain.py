@@ -41,7 +41,7 @@ def explain(
         print(f"paper: {title(made.paper) or ''} (arXiv {made.paper})")
     print(f"id: {made.id[:16]}\n")
     for name, design in _mixers(model).items():
-        for where, child in [(name, design), *_children(name, design)]:
+        for where, child in [(name, design), *registry.inside(design, name)]:
             choices = registry.resolve(child.kind).choices(child)
             if choices is None:
                 continue
@@ -95,14 +95,6 @@ def _sequence(model: Model, layer: Sequence[Sublayer]) -> str:
         else:
             words.append(f"{sub.use} (shared)")
     return "  then  ".join(words)
-
-
-def _children(name: str, design: Any) -> list[tuple[str, Any]]:
-    """Mixers inside a composite."""
-    found = []
-    for i, child in enumerate(getattr(design, "of", ())):
-        found += [(f"{name}.of.{i}", child), *_children(f"{name}.of.{i}", child)]
-    return found
 
 
 def _runs(stack: list[str]) -> list[tuple[int, str]]:

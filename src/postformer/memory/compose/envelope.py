@@ -111,10 +111,6 @@ class Envelope(Mixer):
                        two_way=made.two_way and free, stateful=made.stateful or not free, inputs=(), publishes=())
 
     @classmethod
-    def choices(cls, design: EnvelopeDesign) -> Any:
-        return registry.resolve(design.of.kind).choices(design.of)
-
-    @classmethod
     def cost(cls, design: EnvelopeDesign, site: Any) -> Cost:
         inner = design.inner(site.width)
         total = site.linear_cost(site.width, inner) + site.linear_cost(inner, site.dim_out)
