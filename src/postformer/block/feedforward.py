@@ -1,6 +1,6 @@
 """Feed-forwards: gated (SwiGLU, GeGLU, 2002.05202) and plain MLPs, one token at a time.
 
-    gated: W_out (act(W_gate x) * W_up x)        plain: W_out act(W_up x)
+    gated: W_out norm(act(W_gate x) * W_up x)        plain: W_out norm(act(W_up x))
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from postformer.contract.context import Context
 from postformer.contract.mixer import Mixer, Out, Traits
@@ -18,6 +18,7 @@ from postformer.design.base import Design, Scales
 from postformer.design.cost import Cost
 from postformer.design.registry import register
 from postformer.layers.activation import ACTIVATIONS, Activation
+from postformer.layers.norm import RMSNorm
 
 
 class FeedForwardDesign(Design):
@@ -27,24 +28,35 @@ class FeedForwardDesign(Design):
     expand: float | None = Field(default=None, gt=0)
     """None: 8/3 gated, 4 plain"""
     activation: Activation | None = None
-    """Of a plain MLP; None: gelu"""
+    """Of an mlp; None: gelu"""
+    gated: bool = False
+    """An mlp with a gate, such as relu2 (swiglu and geglu have one)"""
     bias: bool = False
+    sub_norm: Literal["none", "rms"] = "none"
+    """On the hidden channels, before W_out (2210.06423)"""
+    eps: float = Field(default=1e-6, gt=0)
 
     @model_validator(mode="after")
     def _sense(self) -> FeedForwardDesign:
         if self.activation and self.kind != "mlp":
-            raise ValueError(f"{self.kind} fixes its activation; leave it out, or use kind: mlp")
+            raise ValueError(f"{self.kind} fixes its activation; leave it out, or use kind: mlp (with gated: true)")
+        if self.gated and self.kind != "mlp":
+            raise ValueError(f"{self.kind} is gated; leave it out, or use kind: mlp with an activation")
         if self.dim_hidden and self.expand:
             raise ValueError("give dim_hidden or expand, not both")
         return self
 
     def hidden(self, width: int) -> int:
-        expand = self.expand or (4 if self.kind == "mlp" else 8 / 3)
+        expand = self.expand or (8 / 3 if self.has_gate else 4)
         return self.dim_hidden or math.ceil(expand * width / 8) * 8
 
     @property
     def act(self) -> str:
         return {"swiglu": "silu", "geglu": "gelu-tanh"}.get(self.kind) or self.activation or "gelu"
+
+    @property
+    def has_gate(self) -> bool:
+        return self.gated or self.kind != "mlp"
 
 
 @register(FeedForwardDesign)
@@ -53,15 +65,16 @@ class FeedForward(Mixer):
         super().__init__()
         self.design, hidden, bias = design, design.hidden(site.width), design.bias
         self.act = ACTIVATIONS[design.act]
-        self.gate = site.linear("gate", site.width, hidden, bias=bias, role=role) if design.kind != "mlp" else None
+        self.gate = site.linear("gate", site.width, hidden, bias=bias, role=role) if design.has_gate else None
         self.up = site.linear("up", site.width, hidden, bias=bias, role=role)
+        self.norm = RMSNorm(hidden, design.eps) if design.sub_norm == "rms" else nn.Identity()
         self.out = site.linear("out", hidden, site.dim_out, bias=bias, role=role)
 
     def transform(self, x: Tensor) -> Tensor:
         """x [..., D] -> y [..., D_out]"""
         if self.gate is None:
-            return self.out(self.act(self.up(x)))
-        return self.out(self.act(self.gate(x)) * self.up(x))
+            return self.out(self.norm(self.act(self.up(x))))
+        return self.out(self.norm(self.act(self.gate(x)) * self.up(x)))
 
     def mix(self, x: Tensor, state: State, ctx: Context) -> Out:
         return Out(self.transform(x))
@@ -72,6 +85,7 @@ class FeedForward(Mixer):
 
     @classmethod
     def cost(cls, design: FeedForwardDesign, site: Any, role: str = "projection") -> Cost:
-        hidden, maps, bias = design.hidden(site.width), 1 if design.kind == "mlp" else 2, design.bias
+        hidden, maps, bias = design.hidden(site.width), 1 + design.has_gate, design.bias
         up = sum((site.linear_cost(site.width, hidden, bias=bias, role=role) for _ in range(maps)), Cost())
-        return up + site.linear_cost(hidden, site.dim_out, bias=bias, role=role)
+        norm = Cost(params=hidden if design.sub_norm == "rms" else 0)
+        return up + norm + site.linear_cost(hidden, site.dim_out, bias=bias, role=role)

@@ -61,6 +61,8 @@ class AttentionDesign(Design):
     """A gate on every output channel, computed from x (2505.06708)"""
     persistent: int = Field(default=0, ge=0)
     """Learned keys and values that every token sees: parameters, not state, neither turned nor normed"""
+    sub_norm: Literal["none", "rms"] = "none"
+    """On what was read, before the output map (2210.06423)"""
     bias: bool = False
     """On the projections of q, k and v"""
     bias_out: bool = False
@@ -109,6 +111,7 @@ class Attention(Mixer):
         self.out = site.linear("out", inner, site.dim_out, bias=design.bias_out)
         self.persistent = (site.parameter("persistent", (2, self.kv_heads, design.persistent, self.dim),
                                           lambda p: p.normal_(0, 3**-0.5)) if design.persistent else None)
+        self.sub_norm = RMSNorm(inner, design.eps) if design.sub_norm == "rms" else nn.Identity()
         self.rotated = int(self.dim * design.rope_fraction) // 2 * 2
         if design.qk_norm != "none":
             zero = design.qk_norm == "zero-centred-rms"
@@ -147,7 +150,7 @@ class Attention(Mixer):
         o = o.transpose(1, 2).reshape(batch, length, -1)
         if self.gate is not None:
             o = o * torch.sigmoid(self.gate(x))
-        return Out(self.out(o), AttentionState(memory, following))
+        return Out(self.out(self.sub_norm(o)), AttentionState(memory, following))
 
     def _read(self, q: Tensor, k: Tensor, v: Tensor, memory: Growing | Ring, position: Tensor,
               segments: Tensor | None, ctx: Context) -> Tensor:
@@ -206,7 +209,8 @@ class Attention(Mixer):
             total += site.linear_cost(site.width, heads * dim, role="gate")
         bytes_per_token = 2 * kv * dim * 4
         return total + Cost(
-            params=(0 if design.qk_norm == "none" else 2 * dim) + 2 * kv * design.persistent * dim,
+            params=(0 if design.qk_norm == "none" else 2 * dim) + 2 * kv * design.persistent * dim
+            + (heads * dim if design.sub_norm == "rms" else 0),
             flops_per_token=4.0 * heads * dim * design.persistent,
             flops_per_key=((4.0 * heads * dim, design.window),),
             state=16 if design.window is None else design.window * (bytes_per_token + 8) + 16,

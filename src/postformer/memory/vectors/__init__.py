@@ -35,8 +35,8 @@ class Unit(nn.Module):
         raise NotImplementedError
 
 
-_family = Named(__name__, {"mamba1": "mamba1", "rglru": "rglru", "hgrn": "gated", "mingru": "gated", "s4d": "spaces",
-                           "s5": "spaces", "lif": "lif"})
+_family = Named(__name__, {"mamba1": "mamba1", "rglru": "rglru", "hgrn": "gated", "mingru": "gated", "mlgru": "gated",
+                           "s4d": "spaces", "s5": "spaces", "lif": "lif"})
 unit, resolve = _family.register, _family.resolve
 
 

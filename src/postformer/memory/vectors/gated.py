@@ -1,7 +1,11 @@
-"""Gated linear recurrent units without a state-dependent gate: HGRN (2311.04823) and minGRU (2410.01201).
+"""Gated linear recurrent units without a state-dependent gate: HGRN (2311.04823), minGRU (2410.01201) and MLGRU, the
+token mixer of the MatMul-free language model (2406.02528).
 
     HGRN:   f = lb + (1 - lb) sigma(W_f x);  h_t = f h_{t-1} + (1 - f) silu(W_c x);  y = W_o (rms(h) silu(W_g x))
     minGRU: z = sigma(W_z x);  h_t = (1 - z) h_{t-1} + z c(W_h x);  y = W_o h,  c(x) = x + 1/2 if x >= 0 else sigma(x)
+    MLGRU:  f = sigma(W_f x);  h_t = f h_{t-1} + (1 - f) silu(W_c x);  y = W_o (sigma(W_g x) h)
+
+MLGRU needs no matrix product where `linear: {projection: ternary, gate: ternary}` makes its four maps sums of inputs.
 """
 
 from __future__ import annotations
@@ -74,5 +78,24 @@ class MinGru(_Gated):
     def cost(cls, design: Any, site: Any) -> Cost:
         inner = design.inner(site.width)
         maps = [site.linear_cost(site.width, inner, bias=design.bias, role=r) for r in ("gate", "projection")]
+        total = sum(maps, Cost()) + site.linear_cost(inner, site.dim_out, bias=design.bias)
+        return total + Cost(state=4 * inner)
+
+
+@unit("mlgru")
+class Mlgru(_Gated):
+    def __init__(self, design: Any, site: Any) -> None:
+        super().__init__(design, site)
+        self.gate = site.linear("gate", site.width, self.inner, bias=design.bias, role="gate")
+
+    def forward(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
+        raw, c = fp32(self.f(x)), fp32(F.silu(self.c(x)))
+        h = gated_scan(F.logsigmoid(raw), torch.sigmoid(-raw) * c, state, ctx, self.design.forget_at)
+        return self.out(torch.sigmoid(self.gate(x)) * h.to(x.dtype)), h[:, -1]
+
+    @classmethod
+    def cost(cls, design: Any, site: Any) -> Cost:
+        inner = design.inner(site.width)
+        maps = [site.linear_cost(site.width, inner, bias=design.bias, role=r) for r in ("gate", "projection", "gate")]
         total = sum(maps, Cost()) + site.linear_cost(inner, site.dim_out, bias=design.bias)
         return total + Cost(state=4 * inner)
