@@ -36,7 +36,7 @@ def polynomial(x: Tensor) -> Tensor:
     """[..., d] -> [..., d + d (d + 1) / 2] with phi(x) . phi(y) = x . y + (x . y)^2 / 2."""
     d = x.shape[-1]
     i, j = torch.triu_indices(d, d, device=x.device)
-    scale = torch.where(i == j, 0.5**0.5, 1.0).to(x.dtype)
+    scale = x.new_ones(len(i)).masked_fill(i == j, 0.5**0.5)
     return torch.cat([x, x[..., i] * x[..., j] * scale], -1)
 
 
