@@ -56,7 +56,7 @@ class CellDesign(Design):
     @model_validator(mode="after")
     def _sense(self) -> CellDesign:
         if self.local.kind == "shift":
-            raise ValueError("a cell mixes neighbours by local: conv4, not by shift")
+            raise ValueError("a cell mixes neighbours by a convolution, not by shift; set local: conv4 or none")
         uses, fields = resolve(self.parameterisation).uses, type(self).model_fields
         for name in ("heads", "local", "reset", "threshold", "surrogate"):
             free = name in uses or (name == "heads" and self.norm != "none")

@@ -50,7 +50,7 @@ class VectorDesign(Design):
     @model_validator(mode="after")
     def _sense(self) -> VectorDesign:
         if self.local.kind == "shift":
-            raise ValueError("a vector memory mixes neighbours by local: conv4, not by shift")
+            raise ValueError("a vector memory mixes neighbours by a convolution, not by shift; set local: conv4 or none")
         uses, fields = resolve(self.parameterisation).uses, type(self).model_fields
         for name in ("dim_inner", "dim_state", "rank", "inner_norm", "blocks", "bias", "local", "threshold",
                      "surrogate"):
