@@ -18,8 +18,9 @@ from postformer.kernels.affine_structure import NotAffine
 
 FROM = 32
 """Tokens from which blocks are faster than tokens one by one (measured: benchmarks/affine_step.py)."""
-WIDEST = 65536
-"""State values of a batch, times the runs over the tokens, up to which they are."""
+WIDEST, WIDEST_FORWARD, PER_TOKEN = 49152, 24576, 256
+"""State values of a batch, times the runs over the tokens, up to which they are on a CPU: with gradients, without, and
+for each token of the call. Beyond, a step is work enough by itself, and doing it three times takes longer."""
 TRIAL = 11
 """Tokens of the trial run."""
 
@@ -66,13 +67,15 @@ class StepMemory(Mixer):
         if backend == "reference" or x.shape[1] < (FROM if backend == "auto" else 4):
             return None
         values = sum(leaf.numel() for leaf in states.leaves(state))
-        if not values or (backend == "auto" and 3 * values > WIDEST and x.device.type == "cpu"):
+        most = min(WIDEST if torch.is_grad_enabled() else WIDEST_FORWARD, PER_TOKEN * x.shape[1])
+        limited = backend == "auto" and x.device.type == "cpu"
+        if not values or (limited and 2 * values > most):
             return None
         plan = self._recognised(x.shape[-1])
         if isinstance(plan, str):
             return None
         leaves = states.leaves(state)
-        if backend == "auto" and (1 + plan.runs(leaves)) * values > WIDEST and x.device.type == "cpu":
+        if limited and (1 + plan.runs(leaves)) * values > most:
             return None
         result, gap = affine.in_blocks(self.step, plan, x, state, parameters=read_by(self, x, state), **given)
         if result is None and torch.isfinite(torch.tensor(gap)):
