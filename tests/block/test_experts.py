@@ -159,6 +159,23 @@ def test_designs_that_cannot_be(design, text):
         experts(**design)
 
 
+@pytest.mark.parametrize("kind", ["ternary", "lora"])
+def test_experts_are_made_of_the_map_of_their_role(kind):
+    data = {"name": "e", "model": {"width": 16, "linear": {"expert": {"kind": kind}},
+                                   "mixers": {"f": {"kind": "moe"}}, "stack": ["f"]}}
+    model = build(load(data).model)
+    mixer = model.stack.layers[0].sublayers[0].mixer
+    maps = {type(m) for part in (mixer.shared, *mixer.experts) for m in (part.gate, part.up, part.out)}
+    assert [m.__name__ for m in maps] == [f"{kind.capitalize()}Linear"]
+    assert type(mixer.router) is torch.nn.Linear
+    assert model.roles()["stack.layers.0.sublayers.0.mixer.router.weight"].kind == "gate"
+    assert model.roles()["stack.layers.0.sublayers.0.mixer.experts.3.up.weight"].kind == "matrix"
+    assert load(data).cost().params == sum(p.numel() for p in model.parameters())
+    mixer.bias.copy_(torch.tensor([-9.0] + 7 * [0.0]))  # the first is idle, and runs on nothing
+    model(torch.randint(0, 256, (1, 5))).logits.sum().backward()
+    assert mixer.experts[1].up.weight.isfinite().all()
+
+
 def test_sizes_follow_the_width_and_the_number_of_experts_does_not():
     data = {"name": "e", "model": {"width": 64, "mixers": {"f": {"kind": "moe", "expert": {"dim_hidden": 32}}},
                                    "stack": ["f"]}}

@@ -81,7 +81,7 @@ class Leaky(StepMemory):
     """h <- a h + (1 - a) i(x), token by token.
 
     Faults: int-state, python-counter, in-place, batch-mean, half, training, dropout, stray-vector, scalar-state,
-    only-y, wrong-params, wrong-state, wrong-flops, no-cost, zero-reset, mutates-input, grad-mode.
+    only-y, wrong-params, wrong-state, wrong-flops, no-cost, zero-reset, mutates-input, grad-mode, learns-in-call.
     """
 
     def __init__(self, design: LeakyDesign, site: Any) -> None:
@@ -92,6 +92,8 @@ class Leaky(StepMemory):
         self.count = 0
         if design.learned:
             self.start = site.parameter("start", (site.width,), lambda p: p.normal_())
+        if design.fault == "learns-in-call":
+            self.register_buffer("calls", torch.zeros(1))
         if design.fault == "stray-vector":
             self.scale = nn.Parameter(torch.ones(site.dim_out))
 
@@ -106,6 +108,8 @@ class Leaky(StepMemory):
         return (zero, torch.zeros((), dtype=torch.long)) if self.design.fault == "scalar-state" else zero
 
     def mix(self, x, state, ctx):
+        if self.design.fault == "learns-in-call":
+            self.calls += 1
         if self.design.fault == "mutates-input":
             x.mul_(0.5)
         if self.design.fault == "zero-reset" and ctx.boundary is not None:

@@ -76,6 +76,7 @@ FAULTS = [
     ("leaky", "python-counter", [PURE, PIECES, STEPS, AGES], None),
     ("leaky", "in-place", [STEPS], None),
     ("leaky", "mutates-input", [PURE], 0),
+    ("leaky", "learns-in-call", [PURE], 0),
     ("leaky", "batch-mean", [BATCH, AGES], None),
     ("leaky", "half", [BF16, DIFFERENCES], 0),
     ("leaky", "training", [PURE], 0),

@@ -135,6 +135,7 @@ def differences(s: Subject) -> Found:
 @check("the same with and without gradients, in training and in evaluation")
 def pure(s: Subject) -> Found:
     x = s.input(2, 37, 23)
+    before = {name: value.clone() for name, value in s.model.state_dict().items()}
     y = s(x)[0].y.detach()
     worst = 0.0
     with torch.no_grad():
@@ -146,6 +147,8 @@ def pure(s: Subject) -> Found:
     s.model.train()
     if changed := _overwritten(s, x):
         return math.inf, 1e-12, f"{changed} overwrites its input"
+    if learned := [name for name, value in s.model.state_dict().items() if not torch.equal(value, before[name])]:
+        return math.inf, 1e-12, f"a call changes {learned[0]}; measure in the call, and learn in after_step"
     return worst, 1e-12, ""
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from postformer.contract.context import Context
 from postformer.contract.mixer import Out, Traits, joined
@@ -65,11 +65,14 @@ class Subject:
 
 
 def subject(recipe: Recipe, dtype: torch.dtype = torch.float64, seed: int = 0) -> Subject:
-    """Build and scramble: every parameter gets noise, so that no gate sits at its start."""
+    """Build and scramble: every parameter gets noise, so that no gate sits at its start, and every saved buffer."""
     model = build(recipe.model, seed).to(dtype)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
-        for p in model.parameters():
+        learned = list(model.parameters())
+        saved = [value for name, value in model.state_dict(keep_vars=True).items()
+                 if not isinstance(value, nn.Parameter) and value.is_floating_point()]
+        for p in learned + saved:
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
             p.add_(noise * (0.2 if p.ndim < 2 else 0.5 * p.shape[-1] ** -0.5))
     return Subject(recipe, model, stack_traits(recipe))
