@@ -2,7 +2,8 @@
 
 LSTM, GRU (dense recurrent maps), sLSTM (block-diagonal ones) and spiking neurons. Each is one parameterisation in
 memory/cells; here it is found, run and counted. What needs no earlier state is done for all tokens in one product; only
-the recurrence goes token by token, some 50 to 200 microseconds a token on a CPU however small the batch.
+the recurrence goes token by token. Its calls set a floor under the time of a token: at width 256, one sequence, one CPU
+core some 50 to 80 microseconds, and four times that with gradients.
 A write gate between 0 and 1 interpolates the states, as in every step memory; tick has no meaning and is ignored.
 """
 
