@@ -12,6 +12,8 @@ from loops_plain import (
     VOCAB,
     Here,
     Weights,
+    convolve,
+    gelu,
     model_loop,
     model_of,
     prove,
@@ -74,9 +76,23 @@ def window_attention(window: int, persistent: int = 0):
     return step
 
 
+def projected(w: Weights, x: Tensor, here: Here) -> list[Tensor]:
+    """q, k, v: each through a convolution of four tokens and a SiLU; where there is none, q and k through a SiLU."""
+    out, start = [], 0
+    for name, size in (("q", H * DK), ("k", H * DK), ("v", H * DV)):
+        u = w.map(name, x)
+        if w.has("conv.weight"):
+            u = silu(convolve(here, name, u, w("conv.weight")[start : start + size]))
+        elif name != "v":
+            u = silu(u)
+        out.append(u)
+        start += size
+    return out
+
+
 def gated_delta_net(w: Weights, x: Tensor, here: Here, a: Tensor = ONE) -> Tensor:
-    """2412.06464 without convolutions: S_t = S_{t-1} (alpha^a (I - a beta k k^T)) + a beta v k^T, o = S q."""
-    q, k, v = (silu(w.map(f"params.{name}", x)) if name != "v" else w.map("params.v", x) for name in "qkv")
+    """2412.06464: S_t = S_{t-1} (alpha^a (I - a beta k k^T)) + a beta v k^T, o = S q."""
+    q, k, v = projected(w.at("params"), x, here)
     beta = sigmoid(w.map("params.rate", x))
     step = softplus(w.map("params.decay.map", x) + w("params.decay.dt_bias"))
     alpha = torch.exp(-torch.exp(w("params.decay.A_log")) * step)
@@ -91,15 +107,55 @@ def gated_delta_net(w: Weights, x: Tensor, here: Here, a: Tensor = ONE) -> Tenso
 
 
 def mamba(w: Weights, x: Tensor, here: Here, a: Tensor = ONE) -> Tensor:
-    """2312.00752, algorithm 2, without the convolution: the step size and B are multiplied by a."""
+    """2312.00752, algorithm 2: the step size and B are multiplied by a."""
     p = w.at("params")
-    z, u = p.map("z", x), silu(p.map("x", x))
+    z, u = p.map("z", x), p.map("x", x)
+    if p.has("conv.weight"):
+        u = convolve(here, "u", u, p("conv.weight"), p("conv.bias"))
+    u = silu(u)
     states, rank = p("A_log").shape[1], p("dt.weight").shape[1]
     low, b, c = p.map("bcdt", u).split([rank, states, states])
     delta, rate = a * softplus(p.map("dt", low)), -torch.exp(p("A_log"))
     h = here.memory.get("h", torch.zeros_like(rate))
     here.memory["h"] = h = torch.exp(delta[:, None] * rate) * h + (delta * u)[:, None] * (a * b)
     return p.map("out", (h @ c + p("D") * u) * silu(z))
+
+
+def long_term_memory(chunk: int, clip: float):
+    def step(w: Weights, x: Tensor, here: Here, a: Tensor = ONE) -> Tensor:
+        """2501.00663, equations 11 to 15, with gradients taken at the weights of the chunk's start (section 3.2):
+
+            S_t = eta_t S_{t-1} - theta_t grad l(M_n; x_t),    M_t = (1 - alpha_t) M_{t-1} + S_t,    y_t = M_t(q_t)
+
+        Each gradient is held below `clip`. With a = 0 a token only reads.
+        """
+        u = dict(zip("qkv", projected(w, x, here)))
+        alpha, eta, theta = (sigmoid(w.map(f"gates.{name}", x) + w(f"biases.{name}"))
+                             for name in ("decay", "momentum", "rate"))
+        kept: dict = here.memory
+        seen, out = kept.get("seen", 0), []
+        for h in range(H):
+            q, k, v = unit(u["q"][DK * h : DK * (h + 1)]), unit(u["k"][DK * h : DK * (h + 1)]), \
+                u["v"][DV * h : DV * (h + 1)]
+            first = tuple(w(f"start.map{i}_weight")[h] for i in (1, 2))
+            frozen, now, s = kept.get(h, (first, first, tuple(torch.zeros_like(p) for p in first)))
+            if a > 0:
+                training = torch.is_grad_enabled()
+                with torch.enable_grad():
+                    # Copies: k and v may depend on these weights too, and are held fixed.
+                    at = [(p if training else p.detach().requires_grad_()).clone() for p in frozen]
+                    off = gelu(k @ at[0]) @ at[1] - v
+                    surprise = torch.autograd.grad((off * off).sum() / 2, at, create_graph=True)
+                size = torch.stack([(g * g).sum() for g in surprise]).sum()
+                most = theta[h] / chunk / torch.sqrt(1 + size / clip**2)
+                s = tuple(eta[h] * z - most * g for z, g in zip(s, surprise))
+                now = tuple((1 - alpha[h]) * p + z for p, z in zip(now, s))
+                kept[h] = (now if (seen + 1) % chunk == 0 else frozen, now, s)
+            out.append(rms(gelu(q @ now[0]) @ now[1], 1e-5) * w("norm.weight"))
+        kept["seen"] = seen + int(a)
+        return w.map("out", torch.cat(out) * silu(w.map("gate", x)))
+
+    return step
 
 
 def router(memories, hard: bool, chosen: bool):
@@ -185,6 +241,36 @@ def test_titans_arrangements_with_other_memories(record_proof, name):
         "memory": mixer, "feedforward": {"kind": "swiglu"}}, "stack": ["memory/feedforward"] * 2}})
     prove(record_proof, "titans", f"2501.00663 (memory as {name})", model,
           lambda w, tokens: model_loop(w, tokens, [[branch, swiglu]] * 2, rms_norm()))
+
+
+def titans(memory: str, attention: str, *more: str):
+    """The recipe's sizes, small: a chunk of 5 and a window of 14 places, or 7 tokens and what is read for them."""
+    changes = {f"{attention}.heads.query": QUERIES, f"{attention}.heads.key_value": KEYS, f"{attention}.heads.dim": DIM,
+               f"{attention}.window": 14, f"{attention}.persistent": 3, f"{memory}.heads.value": H,
+               f"{memory}.heads.dim_key": DK, f"{memory}.heads.dim_value": DV, f"{memory}.update.chunk": 5}
+    return [f"model.mixers.memory.{k}={v}" for k, v in changes.items()] + list(more)
+
+
+@pytest.mark.parametrize(("recipe", "branch", "overrides"), [
+    ("titans-mac", memory_as_context(long_term_memory(5, 1.0), window_attention(14, 3), 7),
+     titans("memory", "attention", "model.mixers.memory.segment=7")),
+    ("titans-mag", memory_as_gate(window_attention(14, 3), long_term_memory(5, 1.0)), titans("of.1", "of.0")),
+    ("titans-mal", memory_as_layer(long_term_memory(5, 1.0), window_attention(14, 3)), titans("of.0", "of.1")),
+], ids=lambda v: v if isinstance(v, str) else "")
+def test_titans(record_proof, recipe, branch, overrides):
+    prove(record_proof, recipe, "2501.00663", model_of(recipe, overrides),
+          lambda w, tokens: model_loop(w, tokens, [[branch, swiglu]] * 2, rms_norm()))
+
+
+def test_four_learners(record_proof):
+    sizes = {"matrix.heads.value": H, "matrix.heads.dim_key": DK, "matrix.heads.dim_value": DV, "vector.dim_inner": 20,
+             "vector.dim_state": 5, "window.window": 9, "window.heads.query": QUERIES, "window.heads.key_value": KEYS,
+             "window.heads.dim": DIM, "deep.heads.value": H, "deep.heads.dim_key": DK, "deep.heads.dim_value": DV,
+             "deep.update.chunk": 5}
+    model = model_of("four-learners", [f"model.mixers.{k}={v}" for k, v in sizes.items()], layers=4)
+    learners = [gated_delta_net, mamba, window_attention(9), long_term_memory(5, 1.0)]
+    prove(record_proof, "four-learners", "2412.06464, 2312.00752, 2004.05150, 2501.00663", model,
+          lambda w, tokens: model_loop(w, tokens, [[m, swiglu] for m in learners], rms_norm()))
 
 
 SMALL = [*(f"model.mixers.memory.of.0.heads.{k}={v}" for k, v in zip(("query", "key_value", "dim"),
