@@ -47,21 +47,22 @@ def gains_recurrent(
     [B, H]; reset [B, T]. Returns (gains, query^T P query after each token or None, P)."""
     eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
     fresh = start[..., None, None] * eye
-    P, factor, out, variance = symmetric(P), f.exp(), [], []
-    write = None if write is None else root(write) ** 2
-    for t in range(k.shape[2]):
+    P, out, variance = symmetric(P), [], []
+    factor_t, drift_t, noise_t = (x[..., None, None].unbind(2) for x in (f.exp(), q, r))
+    key_t = k.unsqueeze(-2).unbind(2)
+    query_t = None if query is None else query.unsqueeze(-2).unbind(2)
+    write_t = None if write is None else (root(write) ** 2)[..., None, None].unbind(2)
+    for t, key in enumerate(key_t):
         if reset is not None:
             P = torch.where(reset[:, t, None, None, None], fresh, P)
-        P = factor[:, :, t, None, None] * P + q[:, :, t, None, None] * eye
-        k_t = k[:, :, t, None]
-        p_t = k_t @ P
-        w_t = 1.0 if write is None else write[:, :, t, None, None]
-        share = w_t / (w_t * (p_t * k_t).sum(-1, keepdim=True) + r[:, :, t, None, None])
-        out.append((share * p_t).squeeze(-2))
-        P = symmetric(P - share * (p_t.mT @ p_t))
-        if query is not None:
-            q_t = query[:, :, t, None]
-            variance.append(((q_t @ P) * q_t).sum((-1, -2)))
+        P = factor_t[t] * P + drift_t[t] * eye
+        pk = key @ P
+        share = 1.0 if write_t is None else write_t[t]
+        share = share / (share * (pk * key).sum(-1, keepdim=True) + noise_t[t])
+        out.append((share * pk).squeeze(-2))
+        P = symmetric(P - share * (pk.mT @ pk))
+        if query_t is not None:
+            variance.append(((query_t[t] @ P) * query_t[t]).sum((-1, -2)))
     return torch.stack(out, 2), torch.stack(variance, 2) if variance else None, P
 
 
@@ -103,15 +104,18 @@ def gains_chunked(
     eye = torch.eye(dk, dtype=k.dtype, device=k.device)
     P = symmetric(P.flatten(0, 1))
     rows, starts, diagonals = [], [], []
-    for n in range(k.shape[1]):
-        pk = kd[:, n] @ P
-        L = torch.linalg.cholesky(pk @ kd[:, n].mT + model[:, n])
-        Y = torch.linalg.solve_triangular(R[:, n] * L, fall[:, n] * pk + kq[:, n], upper=False)
+    end_t = (fall[:, :, -1:] ** 2, Q[:, :, -1:] * eye)
+    # All chunks' views at once: the gradient of each alone would be as large as all.
+    each = zip(*(x.unbind(1) for x in (kd, kq, model, R, fall, last, *end_t)), strict=True)
+    for kd_n, kq_n, model_n, R_n, fall_n, last_n, kept_n, new_n in each:
+        pk = kd_n @ P
+        L = torch.linalg.cholesky(pk @ kd_n.mT + model_n)
+        Y = torch.linalg.solve_triangular(R_n * L, fall_n * pk + kq_n, upper=False)
         rows.append(Y)
         starts.append(P)
         diagonals.append(L.diagonal(dim1=-2, dim2=-1))
-        end = last[:, n] * Y
-        P = symmetric(fall[:, n, -1:] ** 2 * P + Q[:, n, -1:] * eye - end.mT @ end)
+        end = last_n * Y
+        P = symmetric(kept_n * P + new_n - end.mT @ end)
     Y = torch.stack(rows, 1)
     gain = (Y / torch.stack(diagonals, 1)[..., None]).flatten(1, 2)[:, :T].unflatten(0, (B, H))
     if gate is not None:

@@ -32,11 +32,11 @@ def precision_recurrent(f: Tensor, q: Tensor, phi: Tensor, state: Tensor, start:
 
     Returns (lambda-, lambda)."""
     before, after = [], []
-    for t in range(phi.shape[1]):
+    for t, (f_t, q_t, phi_t) in enumerate(zip(f.unbind(1), q.unbind(1), phi.unbind(1), strict=True)):
         if reset is not None:
             state = torch.where(_column(reset[:, t], state), start, state)
-        prior = predicted(f[:, t], q[:, t], state)
-        state = prior + phi[:, t]
+        prior = predicted(f_t, q_t, state)
+        state = prior + phi_t
         before.append(prior)
         after.append(state)
     return torch.stack(before, 1), torch.stack(after, 1)

@@ -91,12 +91,13 @@ def solve_recurrent(q: Tensor, k: Tensor, w: Tensor, g: Tensor | None, ridge: Te
                     reset: Tensor | None, solver: Solver, iterations: int) -> tuple[Tensor, Tensor]:
     """With every H_t written out, token by token; shapes as in ridge_solve, all in one dtype."""
     H, seen = symmetric(H), []
-    for t in range(q.shape[2]):
+    decay_t = None if g is None else g.exp().unsqueeze(-1).unbind(2)
+    for t, (w_t, k_t) in enumerate(zip(w.unsqueeze(-1).unbind(2), k.unsqueeze(-2).unbind(2), strict=True)):
         if reset is not None:
             H = H.masked_fill(reset[:, t, None, None, None], 0.0)
-        if g is not None:
-            H = g[:, :, t, :, None].exp() * H
-        H = H + w[:, :, t, :, None] @ k[:, :, t, None]
+        if decay_t is not None:
+            H = decay_t[t] * H
+        H = H + w_t @ k_t
         seen.append(H)
     each = torch.stack(seen, 2)
     norm = each.square().sum((-1, -2)).clamp_min(tiny(H))[..., None].sqrt()
