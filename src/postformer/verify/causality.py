@@ -9,7 +9,7 @@ import torch
 from postformer.contract import state as states
 from postformer.contract.context import Context
 from postformer.kernels import use
-from postformer.verify.check import EXACT, FP64, Found, check, ends, not_causal, packed_at
+from postformer.verify.check import FP64, Found, check, ends, not_causal, packed_at
 from postformer.verify.compare import error, state_error
 from postformer.verify.subject import Subject
 
