@@ -74,7 +74,7 @@ FAULTS = [
     ("leaky", "int-state", [BUILDS], 0),
     ("leaky", "scalar-state", [BUILDS], 0),
     ("leaky", "python-counter", [PURE, PIECES, STEPS, AGES], None),
-    ("leaky", "in-place", [STEPS], None),
+    ("leaky", "in-place", [BUILDS], 0),
     ("leaky", "mutates-input", [PURE], 0),
     ("leaky", "learns-in-call", [PURE], 0),
     ("leaky", "batch-mean", [BATCH, AGES], None),

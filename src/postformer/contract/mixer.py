@@ -114,7 +114,8 @@ class Mixer(nn.Module):
     design: Any
     """The mixer's own design; the site sets it when it builds."""
     dim_in: int | None = None
-    """Channels of x; the site sets it when it builds."""
+    dim_out: int | None = None
+    """Channels of x and of y; the site sets them when it builds."""
 
     def forward(self, x: Tensor, state: State = None, ctx: Context | None = None) -> Out:
         """x [B, T, D] -> Out with y [B, T, D_out]. ctx None: plain causal tokens from the state's position on."""

@@ -133,12 +133,15 @@ def mismatch(new: State, old: State, batch: int) -> str | None:
         if not (isinstance(old, Tensor) and isinstance(new, Tensor)):
             return f"{type(new).__name__} after {type(old).__name__}"
         if new.ndim < 1 or new.shape[0] != batch:
-            return f"a leaf of shape {tuple(new.shape)} has not the batch ({batch}) on axis 0"
+            return f"a leaf of shape {tuple(new.shape)} has not the batch ({batch}) on axis 0; make it [batch, ...]"
         return None if new.shape == old.shape else f"a leaf of shape {tuple(new.shape)} after {tuple(old.shape)}"
     if old is None or new is None:
         return None if old is new else f"{type(new).__name__} after {type(old).__name__}"
     if not isinstance(new, (tuple, list, dict)):
-        return f"a leaf is {type(new).__name__}; a state is made of tensors (counters are [B] int64)"
+        return (f"a leaf is {type(new).__name__}; a state is made of tensors (a counter is "
+                "torch.zeros(batch, dtype=torch.long))")
+    if isinstance(new, dict) and isinstance(old, dict) and list(new) != list(old):
+        return f"keys {', '.join(map(repr, new))} after {', '.join(map(repr, old))}"
     if type(new) is not type(old) or len(new) != len(old):
         return f"{type(new).__name__} of {len(new)} after {type(old).__name__} of {len(old)}"
     pairs = [(new[k], old.get(k)) for k in new] if isinstance(new, dict) else list(zip(new, old))

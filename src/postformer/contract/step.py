@@ -121,6 +121,11 @@ class StepMemory(Mixer):
             if checked:
                 return self.step(x, state)
             checked = True
+            rows, leaves = x.shape[0], [x]
+            if problem := mismatch(state, state, rows):
+                raise ValueError(f"{name}.initial gave a state that cannot be one: {problem}")
+            leaves += states.leaves(state)
+            before = [_version(leaf) for leaf in leaves]
             try:
                 result = self.step(x, state)
             except TypeError as e:
@@ -128,17 +133,28 @@ class StepMemory(Mixer):
                     raise
                 raise TypeError(f"{name}.step was called with state None ({e}): define {name}.initial(batch) to "
                                 "return the state before the first token") from e
+            if before != [_version(leaf) for leaf in leaves]:
+                raise ValueError(f"{name}.step changed its arguments in place (as h.mul_(a), h *= a or h[...] = v do); "
+                                 "who called may still need them: make a new tensor, h = a * h")
             if not isinstance(result, tuple) or len(result) != 2:
                 raise TypeError(f"{name}.step must return (y [B, D_out], state), not {type(result).__name__}")
             y, new = result
-            if not isinstance(y, Tensor) or y.ndim != 2 or y.shape[0] != x.shape[0]:
+            if not isinstance(y, Tensor) or y.ndim != 2 or y.shape[0] != rows:
                 shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-                raise ValueError(f"{name}.step returned y of {shape} for {x.shape[0]} rows; it must be [B, D_out]")
-            if problem := mismatch(new, state, x.shape[0]):
+                raise ValueError(f"{name}.step returned y of {shape} for {rows} rows; it must be [B, D_out]")
+            if self.dim_out not in (None, y.shape[1]):
+                raise ValueError(f"{name}.step returned y of {y.shape[1]} channels; here it must have {self.dim_out}: "
+                                 "make the last map by site.linear(\"out\", ..., site.dim_out)")
+            if problem := mismatch(new, state, rows):
                 raise ValueError(f"{name}.step and {name}.initial disagree about the state: {problem}")
             return result
 
         return step
+
+
+def _version(leaf: Tensor) -> int:
+    """Counts the changes in place; tensors of inference mode do not."""
+    return 0 if leaf.is_inference() else leaf._version
 
 
 def names(state: State, at: str = "state") -> list[str]:

@@ -101,5 +101,5 @@ def vars_of(place: Place) -> dict[str, Any]:
 def build_mixer(design: Any, site: BuildSite) -> Mixer:
     """Any mixer, through the registry; it knows its own design afterwards."""
     mixer = registry.resolve(design.kind)(design, site)
-    mixer.design, mixer.dim_in = design, site.width
+    mixer.design, mixer.dim_in, mixer.dim_out = design, site.width, site.dim_out
     return mixer

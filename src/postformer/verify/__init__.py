@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -58,8 +59,12 @@ def verify(recipe: str | dict | Recipe, only: Iterable[str] = (), full: bool = F
 
 
 def _where(error: BaseException) -> str:
-    """File and line of the innermost frame: where the author has to look."""
+    """File and line where the author has to look: the innermost frame that is neither torch's nor ours, if any."""
     frames = traceback.extract_tb(error.__traceback__)
+    ours = str(Path(__file__).parents[1])
+    torchs = str(Path(torch.__file__).parent)
+    rest = [f for f in frames if not f.filename.startswith((torchs, "<frozen"))]
+    frames = [f for f in rest if not f.filename.startswith(ours)] or rest or frames
     return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 

@@ -108,4 +108,5 @@ def owned(s: Subject) -> Found:
              for key, _ in module.named_parameters(recurse=False)}
     stray = [name for name, role in s.model._roles.items()
              if role is None and name not in known and not name.startswith(("embedding.", "head."))]
-    return float(len(stray)), EXACT, ", ".join(stray)
+    remedy = "; make maps by site.linear and parameters by site.parameter" if stray else ""
+    return float(len(stray)), EXACT, ", ".join(stray) + remedy
