@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from postformer.contract.context import Context
-from postformer.design import DesignError, load
+from postformer.design import DesignError, load, registry
 from postformer.kernels import gdr
 from postformer.memory.rules.preconditioned import SPREAD
 from postformer.model import build
@@ -179,3 +179,18 @@ def test_the_curvature_is_part_of_the_state_and_starts_again_with_a_document():
     assert all(bool((c >= 0).all()) for c in curvature)
     assert state_error(curvature[1], curvature[2]) < 1e-12
     assert state_error(curvature[0], curvature[2]) > 1e-3
+
+
+@pytest.mark.parametrize(("recipe", "update", "equation"), [
+    ("longhorn", "one implicit step of rate in (0, 1)", "c_t = b_t / (1 + b_t |k_t|^2)"),
+    ("gated-deltaproduct", "2 gradient steps of size in (0, 2)", "(2 times per token, decayed once)"),
+    ("comba", "scaled by a learned c per head", "S_t = (a_t - b_t c k_t k_t^T) S_{t-1} + b_t k_t v_t^T"),
+    ("gated-deltanet-2", "a gate for every channel", "(I - k_t (b_t .* k_t)^T) Diag(a_t) S_{t-1} + k_t (w_t .* v_t)^T"),
+    ("preconditioned-deltanet", "preconditioned by a bounded power M", "A_t = a'_t A_{t-1} + b'_t k_t^2"),
+])
+def test_the_four_choices_in_words(recipe, update, equation):
+    design = load(recipe).model.mixers["memory"]
+    told = registry.resolve(design.kind).choices(design)
+    assert told.loss == "l2"
+    assert update in told.update
+    assert equation in told.equation

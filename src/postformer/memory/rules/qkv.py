@@ -169,7 +169,8 @@ class Qkv(Rule):
         update = f"{f'one {kind} step' if steps == 1 else f'{steps} {kind} steps'} {size}"
         rate = "" if design.rate == "one" else "b_t "
         if design.loss == "l2":
-            times = "" if steps == 1 else f"  ({steps} times per token)"
+            once = "" if design.retention.per == "none" else ", decayed once"
+            times = "" if steps == 1 else f"  ({steps} times per token{once})"
             step = "b_t" if kind == "gradient" else "c_t"
             rule = f"S_t = (I - {step} k_t k_t^T) {keep} + {step} k_t v_t^T{times}"
             if kind == "implicit":
