@@ -26,33 +26,37 @@ from .solve_kalman import RESET, segment_sums, symmetric
 
 Product = Callable[[Tensor], Tensor]
 """p [..., d] -> (H + Lambda) p, for all tokens"""
-Solver = Callable[[Product, Tensor, Tensor, Tensor, int], Tensor]
+Solver = Callable[[Product, Tensor, Tensor, Tensor, int, bool], Tensor]
+"""(product, right side, bounds of the spectrum, iterations, may it stop early where no step would change anything)"""
 
 
-def conjugate_gradient(product: Product, q: Tensor, low: Tensor, high: Tensor, iterations: int) -> Tensor:
+def conjugate_gradient(product: Product, q: Tensor, low: Tensor, high: Tensor, iterations: int, early: bool) -> Tensor:
     """A token whose residual has shrunk to rounding stays where it is: its steps would be noise over noise."""
     x, r = torch.zeros_like(q), q
     p, size = r, (r * r).sum(-1, keepdim=True)
     enough = size * torch.finfo(q.dtype).eps ** 2
     for _ in range(iterations):
         moving = size > enough
+        if early and not bool(moving.any()):
+            break
         ap = product(p)
         step = torch.where(moving, size / torch.where(moving, (p * ap).sum(-1, keepdim=True), 1.0), 0.0)
-        x, r = x + step * p, r - step * ap
+        x, r = torch.addcmul(x, step, p), torch.addcmul(r, step, ap, value=-1)
         new = (r * r).sum(-1, keepdim=True)
-        p = r + torch.where(moving, new / torch.where(moving, size, 1.0), 0.0) * p
+        p = torch.addcmul(r, torch.where(moving, new / torch.where(moving, size, 1.0), 0.0), p)
         size = torch.where(moving, new, 0.0)
     return x
 
 
-def chebyshev(product: Product, q: Tensor, low: Tensor, high: Tensor, iterations: int) -> Tensor:
+def chebyshev(product: Product, q: Tensor, low: Tensor, high: Tensor, iterations: int, early: bool) -> Tensor:
     """The polynomial in H + Lambda of this degree that is smallest on [low, high], which must hold its spectrum."""
     middle, half = (high + low) / 2, (high - low) / 2
-    quarter = (half / middle / 2) ** 2
-    before, x, omega = torch.zeros_like(q), q / middle, torch.full_like(middle, 2.0)
+    quarter, start = (half / middle / 2) ** 2, q / middle
+    before, x, omega = torch.zeros_like(q), start, torch.full_like(middle, 2.0)
     for _ in range(iterations):
         omega = 1 / (1 - quarter * omega)
-        before, x = x, omega * (x - (product(x) - q) / middle) + (1 - omega) * before
+        new = x + start - product(x) / middle
+        before, x = x, torch.lerp(before, new, omega)
     return x
 
 
@@ -74,11 +78,11 @@ class _Adjoint(torch.autograd.Function):
             return ctx.solve(grad), None, None
 
 
-def implicit(q: Tensor, product: Product, plain: Product, low: Tensor, high: Tensor, solver: Solver, iterations: int
-             ) -> Tensor:
+def implicit(q: Tensor, product: Product, plain: Product, low: Tensor, high: Tensor, solver: Solver, iterations: int,
+             early: bool) -> Tensor:
     """x with its implicit gradients: `product` carries a graph to what it is made of, `plain` is the same without."""
     def solve(b: Tensor) -> Tensor:
-        return solver(plain, b, low, high, iterations)
+        return solver(plain, b, low, high, iterations, early)
 
     with torch.no_grad():
         x = solve(q)
@@ -111,7 +115,7 @@ def solve_recurrent(q: Tensor, k: Tensor, w: Tensor, g: Tensor | None, ridge: Te
         return (p[..., None, :] @ fixed).squeeze(-2) + at * p
 
     low, high = at.amin(-1, keepdim=True).expand_as(size), at.amax(-1, keepdim=True) + size
-    return implicit(q, product, plain, low, high, solver, iterations), H
+    return implicit(q, product, plain, low, high, solver, iterations, False), H
 
 
 def tiny(x: Tensor) -> float:
@@ -134,10 +138,12 @@ def solve_chunked(q: Tensor, k: Tensor, w: Tensor, g: Tensor | None, ridge: Tens
             _, end, starts = read(k, emit=C)
             fast = _Products(k, w, g, starts, reset, C, diagonal)
             size = norm.detach()
+            # To look costs nothing here; on an accelerator it would wait for it.
+            early = q.device.type == "cpu"
             low = diagonal.amin(-1, keepdim=True).expand_as(size)
             high = diagonal.amax(-1, keepdim=True) + size
         if not torch.is_grad_enabled():
-            return implicit(q, fast, fast, low, high, solver, iterations), end
+            return implicit(q, fast, fast, low, high, solver, iterations, early), end
         memory: list[Tensor] = []
 
         def product(x: Tensor) -> Tensor:
@@ -145,7 +151,7 @@ def solve_chunked(q: Tensor, k: Tensor, w: Tensor, g: Tensor | None, ridge: Tens
             memory.append(last)
             return y + diagonal * x
 
-        return implicit(q, product, fast, low, high, solver, iterations), memory[0]
+        return implicit(q, product, fast, low, high, solver, iterations, early), memory[0]
 
 
 def _norms(seen: Tensor, k: Tensor, w: Tensor, g: Tensor | None, H: Tensor, reset: Tensor | None) -> Tensor:
