@@ -28,7 +28,7 @@ def explicit(q, k, v, scale=None, causal=True, window=None, key_position=None, q
                 age = (t + S - T if query_position is None else query_position[b, t]) - (
                     s if key_position is None else key_position[b, s]
                 )
-                ok = (age >= 0 or not causal) and (window is None or abs(age) < window)
+                ok = ((age >= 0 and s <= t + S - T) or not causal) and (window is None or abs(age) < window)
                 ok = ok and (key_segment is None or bool(query_segment[b, t] == key_segment[b, s]))
                 seen[b, t, s] = (ok or s < always) and (key_valid is None or bool(key_valid[b, s]))
     logits = q @ k.mT * (d**-0.5 if scale is None else scale)

@@ -136,3 +136,22 @@ def test_persistent_keys_are_all_that_a_first_read_only_token_sees():
     with pytest.raises(DesignError, match="persistent"):
         load({"name": "p", "model": {"width": 32, "mixers": {"a": {"kind": "attention", "persistent": -1}},
                                      "stack": ["a"]}})
+
+
+def test_a_window_alone_counts_the_tokens_that_exist():
+    data = {"name": "p", "model": {"width": 32, "mixers": {"a": {"kind": "attention", "window": 2}}, "stack": ["a"]}}
+    mixer = build(load(data).model).stack.layers[0].sublayers[0].mixer
+    x, valid = torch.randn(1, 5, 32), torch.tensor([[True, False, False, True, True]])
+    with torch.no_grad():
+        y = mixer(x, None, Context(valid=valid)).y
+        assert (y[valid] - mixer(x[:, valid[0]]).y[0]).abs().max() < 1e-6
+
+
+def test_positions_that_repeat_do_not_show_later_tokens():
+    mixer = build(load("sliding-window", width=32, layers=2).model).stack.layers[0].sublayers[0].mixer
+    x, position = torch.randn(1, 4, 32), torch.tensor([[3, 3, 2, 3]])
+    with torch.no_grad():
+        whole = mixer(x, None, Context(position=position)).y
+        for t in range(1, 4):
+            part = mixer(x[:, :t], None, Context(position=position[:, :t])).y
+            assert (whole[:, :t] - part).abs().max() < 1e-6

@@ -55,6 +55,8 @@ def visibility(
         age = qp[:, :, None] - kp[:, None, :]
         if causal:
             seen = age >= 0 if window is None else (age >= 0) & (age < window)
+            if key_position is not None or query_position is not None:
+                seen = seen & torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
         elif window is not None:
             seen = age.abs() < window
     if key_segment is not None and query_segment is not None:
@@ -145,7 +147,8 @@ def attention(
     Args:
         q: [B, Hq, T, d]. k, v: [B, Hk, S, d] and [B, Hk, S, dv] with Hq a multiple of Hk (grouped heads,
             arXiv 2305.13245) and S >= T. The last T keys are the queries' own tokens, the first S - T the past.
-        causal: a query sees keys of its own and earlier positions. False: all keys.
+        causal: a query sees keys of its own and earlier positions, and never a token that comes after it in the list,
+            whatever the positions say. False: all keys.
         window: a query sees only keys less than this many positions back (and forward, where causal is False).
         key_position, query_position: [B, S] and [B, T] integers; None: index order, the queries last.
         key_segment, query_segment: [B, S] and [B, T] integers, given together; only equal segments see each other.

@@ -175,7 +175,7 @@ class Attention(Mixer):
         if segments is not None:
             masks["query_segment"] = segments
             masks["key_segment"] = torch.cat([segments.new_zeros(batch, used), segments], 1)
-        if window is not None and (used or ctx.position is not None):
+        if window is not None and (used or ctx.position is not None or ctx.valid is not None):
             masks["query_position"] = position
             if isinstance(memory, Ring):
                 masks["key_position"] = torch.cat([memory.position[:, :used], position], 1)
