@@ -50,13 +50,15 @@ def conjugate_gradient(product: Product, q: Tensor, low: Tensor, high: Tensor, i
 
 def chebyshev(product: Product, q: Tensor, low: Tensor, high: Tensor, iterations: int, early: bool) -> Tensor:
     """The polynomial in H + Lambda of this degree that is smallest on [low, high], which must hold its spectrum."""
-    middle, half = (high + low) / 2, (high - low) / 2
-    quarter, start = (half / middle / 2) ** 2, q / middle
-    before, x, omega = torch.zeros_like(q), start, torch.full_like(middle, 2.0)
+    middle = (high + low) / 2
+    reach = (high - low) / (high + low)
+    step, shrink = q / middle, reach
+    x = step
     for _ in range(iterations):
-        omega = 1 / (1 - quarter * omega)
-        new = x + start - product(x) / middle
-        before, x = x, torch.lerp(before, new, omega)
+        grow = 2 / (2 - reach * shrink)
+        before, shrink = shrink, reach * grow / 2
+        step = shrink * before * step + grow / middle * (q - product(x))
+        x = x + step
     return x
 
 
