@@ -26,11 +26,15 @@ X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)).double()
 @pytest.mark.parametrize(("design", "hidden", "act"), [
     ({"kind": "swiglu"}, 48, F.silu), ({"kind": "geglu", "expand": 2}, 32, lambda x: F.gelu(x, approximate="tanh")),
     ({"kind": "mlp"}, 64, F.gelu), ({"kind": "mlp", "activation": "relu2", "dim_hidden": 10}, 10,
-                                    lambda x: F.relu(x).square()), ({"kind": "swiglu", "bias": True}, 48, F.silu)])
+                                    lambda x: F.relu(x).square()), ({"kind": "swiglu", "bias": True}, 48, F.silu),
+    ({"kind": "mlp", "gated": True, "activation": "relu2"}, 48, lambda x: F.relu(x).square()),
+    ({"kind": "swiglu", "sub_norm": "rms"}, 48, F.silu), ({"kind": "mlp", "sub_norm": "rms", "eps": 0.1}, 64, F.gelu)])
 def test_feedforwards(design, hidden, act):
     m = layer_of([{"use": "f"}], {"f": design}).sublayers[0].mixer
     assert m.out.weight.shape == (16, hidden)
     up = act(m.up(X)) if m.gate is None else act(m.gate(X)) * m.up(X)
+    if "sub_norm" in design:
+        up = up / torch.sqrt(up.square().mean(-1, keepdim=True) + design.get("eps", 1e-6)) * m.norm.weight
     assert (m(X).y - F.linear(up, m.out.weight, m.out.bias)).abs().max() < 1e-14
     assert (m.up.bias is not None) == design.get("bias", False)
     assert m(X).state is None

@@ -45,6 +45,7 @@ CASES = [
     ("parameterisation: hgrn", "parameterisation: hgrn, local: conv4", 17, "model.mixers.lru", ["leave it out"]),
     ("parameterisation: hgrn", "parameterisation: s5, dim_state: 3", 17, "model.mixers.lru", ["must be even"]),
     ("kind: swiglu", "kind: swiglu, activation: relu", 18, "model.mixers.feedforward", ["use kind: mlp"]),
+    ("kind: swiglu", "kind: swiglu, gated: true", 18, "model.mixers.feedforward", ["is gated", "leave it out"]),
     ("kind: swiglu", "kind: swiglu, expand: 2, dim_hidden: 8", 18, "model.mixers.feedforward", ["not both"]),
     ("kind: matrix", "kind: matrix\n      value_residual: a", 6, "model.mixers.memory", ["parameterisation: rwkv7"]),
     # numbers

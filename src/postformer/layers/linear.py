@@ -11,6 +11,8 @@ LoRA (2106.09685): y = W x + alpha / r  B A x, with W frozen and B = 0 at the st
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,27 +30,42 @@ order of sums, would decide. Made smaller by this share, such halves stand clear
 numbers lies as near to the edge that moves with them."""
 
 
-def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """The value of `hard`, bit by bit, with the gradient of `soft`; `soft` under kernels.use(rounding=False)."""
-    if not current().rounding:
-        return soft
-    return hard.detach() + (soft - soft.detach()) if soft.requires_grad else hard
+class _Rounded(torch.autograd.Function):
+    """round(x * scale * (1 - margin)) cut to +- limit, with the gradient of x * scale; the scale gets none."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, margin: float, limit: int) -> Tensor:
+        return (x * (scale * (1 - margin))).round_().clamp_(-limit, limit)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float, int], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return grad * ctx.saved_tensors[0], None, None, None
+
+
+def rounded(x: Tensor, scale: Tensor, limit: int, margin: float = 0.0) -> Tensor:
+    """x * scale as whole numbers within +- limit, straight through; not rounded under kernels.use(rounding=False)."""
+    return _Rounded.apply(x, scale, margin, limit) if current().rounding else x * scale
 
 
 def ternary_weight(w: Tensor) -> tuple[Tensor, Tensor]:
     """w [...] -> (W_q [...] in {-1, 0, 1}, straight through; beta [])"""
     w = w if w.dtype == torch.float64 else w.float()
     scale = 1 / w.detach().abs().mean().clamp_min(SMALLEST)
-    soft = w * scale
-    return straight_through(soft.round().clamp(-1, 1), soft), 1 / scale
+    return rounded(w, scale, 1), 1 / scale
 
 
 def integer_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     """x [..., d] -> (integers [..., d] of at most 2^(bits - 1) - 1, straight through; their unit [..., 1])"""
     x = x if x.dtype == torch.float64 else x.float()
-    scale = (2 ** (bits - 1) - 1) / x.detach().abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
-    soft = x * scale
-    return straight_through((soft * (1 - MARGIN[x.dtype])).round(), soft), 1 / scale
+    limit = 2 ** (bits - 1) - 1
+    scale = limit / x.detach().abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
+    return rounded(x, scale, limit, MARGIN[x.dtype]), 1 / scale
 
 
 class TernaryLinear(nn.Linear):
@@ -67,8 +84,7 @@ class TernaryLinear(nn.Linear):
         if self.design.activations != "none":
             x, of_token = integer_tokens(x, self.design.activations)
             unit = unit * of_token
-        y = F.linear(x.to(dtype), w.to(dtype))
-        y = (y * unit).to(y.dtype)
+        y = F.linear(x.to(dtype), w.to(dtype)).mul_(unit)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
