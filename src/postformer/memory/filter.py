@@ -182,12 +182,13 @@ class Filter(Matrix):
         words, keep = cls.retained(design)
         if design.covariance == "information":
             solver = design.solver
-            rate, word = "" if design.rate == "one" else "b_t ", solver.kind.replace("-", " ")
-            ridge = "L" if design.ridge.kind == "learned" else f"{design.ridge.ratio:g} |H_t|"
+            rate = "" if design.rate == "one" else "b_t "
+            word = {"conjugate-gradient": "conjugate gradients", "chebyshev": "Chebyshev iteration"}[solver.kind]
+            ridge = "L" if design.ridge.kind == "learned" else f"{design.ridge.ratio:g} |H_t| I"
             read = "x_t" if design.query == "solved" else "(q_t + c_t (x_t - q_t))"
             return Choices(
                 "matrix and the sum of k k^T", "least squares over the whole past", words,
-                f"exact minimum, {solver.iterations} steps of {word} at every read",
+                f"its minimum, by {solver.iterations} steps of {word} at every read",
                 f"H_t = {keep('H')} + {rate}k_t k_t^T;  S_t = {keep('S')} + {rate}k_t v_t^T;  "
                 f"x_t = (H_t + {ridge})^-1 q_t;  o_t = S_t^T {read}")
         held = {"full": "covariance", "isotropic": "one variance", "diagonal": "diagonal precision",
@@ -196,10 +197,15 @@ class Filter(Matrix):
                   "fading": "c_t P_{t-1} + (1 - c_t) p_0"}[design.process]
         if design.process == "fading":
             words += "; certainty fades at a rate of its own"
-        return Choices(
-            f"matrix and its {held}", "l2 over noise", words, "natural gradient: the Kalman gain",
-            f"P- = {change};  K_t = P- k_t / (k_t^T P- k_t + r_t);  S- = {keep('S')};  "
-            "S_t = S- + K_t (v_t - S-^T k_t)^T;  o_t = S_t^T q_t")
+        if design.covariance == "mean-field":
+            change = change.replace("P_{t-1}", "p_{t-1}")
+            rule = (f"p- = {change};  1 / p_t = 1 / p- + k_t^2 / r_t;  "
+                    f"S_t = Diag(p_t / p-) {keep('S')} + (p_t k_t / r_t) v_t^T")
+        else:
+            rule = (f"P- = {change};  K_t = P- k_t / (k_t^T P- k_t + r_t);  S- = {keep('S')};  "
+                    "S_t = S- + K_t (v_t - S-^T k_t)^T")
+        return Choices(f"matrix and its {held}", "l2 over noise", words, "natural gradient: the Kalman gain",
+                       f"{rule};  o_t = S_t^T q_t")
 
     @staticmethod
     def retained(design: FilterDesign) -> tuple[str, Any]:
