@@ -197,6 +197,10 @@ def _check(q, k, v, theta, others, state: DeepState, rule: Rule, reset, valid, t
         _fail(f"window={rule.window} does not fit the state; make it with start() and the same rule")
 
 
+def _wanted(*gates: Tensor | None) -> bool:
+    return any(gate is not None and gate.requires_grad for gate in gates)
+
+
 def deep(
     learner: Learner,
     q: Tensor,
@@ -288,8 +292,8 @@ def deep(
         from .deep_reference import deep_recurrent
 
         o, state = deep_recurrent(learner, q, k, v, gates, extra, state, initial, rule, reset, valid, taking)
-    elif taking is not None and reset is None and not bool(taking.any()):
-        # Nobody learns: all tokens read the same weights.
+    elif taking is not None and reset is None and not _wanted(tick, write) and not bool(taking.any()):
+        # Nobody learns, and nobody asks what learning would have changed: all tokens read the same weights.
         read = state.running if rule.visible == "token" else state.frozen
         o = learner.predict(q, lambda i, x: x @ read[i])
         o = o if valid is None else o.masked_fill(~valid[:, None, :, None], 0)

@@ -53,22 +53,23 @@ def sums_of(gates: Gates, rule: Rule, taken: Tensor | None) -> Sums:
     kept = None if lg is None else lg.cumsum(-1).exp()[..., None]
     rate = theta
     if rule.orthogonal:
-        rate = torch.ones_like(theta) if taken is None else taken.to(theta.dtype).expand_as(theta)
-        rate = rate if gates.write is None else rate * gates.write
+        rate = gates.write if gates.write is not None else torch.ones_like(theta)
+        if gates.write is None and taken is not None:
+            rate = taken.to(theta.dtype).expand_as(theta)
     one = torch.ones_like(theta) if gates.weight is None else gates.weight
     if c == 1:
         omega: Tensor | None = None
         scale = rate * one
     else:
-        rank = (torch.ones_like(theta) if taken is None else taken.to(theta.dtype).expand_as(theta)).cumsum(-1)
-        before = torch.arange(2 - c, 1, dtype=rank.dtype, device=rank.device).expand(*rank.shape[:-1], c - 1)
+        takes = torch.ones_like(theta, dtype=torch.bool) if taken is None else taken.expand_as(theta)
+        rank = takes.long().cumsum(-1)
+        before = torch.arange(2 - c, 1, device=rank.device).expand(*rank.shape[:-1], c - 1)
         columns = torch.cat([before, rank], -1)[..., None, :]
-        rows = rank[..., None]
-        inside = (columns <= rows) & (columns > rows - c)
+        # A token that does not take part would be the next one.
+        rows = (rank + (~takes).long())[..., None]
         own = torch.eye(S, dtype=torch.bool, device=theta.device)
-        if taken is not None:
-            inside = inside & F.pad(taken.expand_as(theta)[..., None, :], (c - 1, 0), value=True)
-        inside = inside & F.pad(torch.ones_like(own).tril(), (c - 1, 0), value=True)
+        earlier = F.pad(takes[..., None, :] & own.logical_not().tril(), (c - 1, 0), value=True)
+        inside = earlier & (columns <= rows) & (columns > rows - c) | F.pad(own, (c - 1, 0))
         later = one if gates.write is None else one * gates.write
         weight = torch.where(own, one[..., None, :], later[..., None, :])
         # The window's own weights stand in the state; they are multiplied in where the gradients are taken.
