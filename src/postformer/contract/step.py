@@ -123,7 +123,7 @@ class StepMemory(Mixer):
             checked = True
             rows, leaves = x.shape[0], [x]
             if problem := mismatch(state, state, rows):
-                raise ValueError(f"{name}.initial gave a state that cannot be one: {problem}")
+                raise ValueError(f"{name}.initial returned what cannot be a state: {problem}")
             leaves += states.leaves(state)
             before = [_version(leaf) for leaf in leaves]
             try:
@@ -135,7 +135,7 @@ class StepMemory(Mixer):
                                 "return the state before the first token") from e
             if before != [_version(leaf) for leaf in leaves]:
                 raise ValueError(f"{name}.step changed its arguments in place (as h.mul_(a), h *= a or h[...] = v do); "
-                                 "who called may still need them: make a new tensor, h = a * h")
+                                 "the caller may still need them: make a new tensor, h = a * h")
             if not isinstance(result, tuple) or len(result) != 2:
                 raise TypeError(f"{name}.step must return (y [B, D_out], state), not {type(result).__name__}")
             y, new = result

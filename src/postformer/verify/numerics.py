@@ -79,11 +79,13 @@ def parallel_fp32(s: Subject) -> Found:
 @check("finite outputs and gradients: extreme gates, zero input, huge input")
 def extreme(s: Subject) -> Found:
     bad = []
-    for name, factor, gain, scale in (("zero input", 0.0, 1.0, 1.0), ("huge input", 1e4, 1.0, 1.0),
+    for name, factor, gain, scale in (("zero input", 0.0, 1.0, 1.0), ("zero input from the start", 0.0, 1.0, 1.0),
+                                      ("huge input", 1e4, 1.0, 1.0),
                                       ("huge input of every mixer", 1.0, 300.0, 1.0),
                                       ("decay x 2000", 1.0, 1.0, 2000.0)):
         with driven(s, gain):
-            y, after, grads = gradients(s, s.input(2, 37, 21) * factor, s(s.input(2, 3, 22))[1], scale, "auto")
+            start = s.model.initial(2) if name.endswith("start") else s(s.input(2, 3, 22))[1]
+            y, after, grads = gradients(s, s.input(2, 37, 21) * factor, start, scale, "auto")
         if not finite([y, *states.leaves(after), *grads.values()]):
             bad.append(name)
     return float(len(bad)), EXACT, ", ".join(bad)
