@@ -198,6 +198,16 @@ def test_a_later_sublayer_can_read_the_variance():
     assert g.abs().max() > 0
 
 
+def test_a_wrapper_may_feed_queries_keys_and_values():
+    """An envelope whose convolution only queries and keys see: a filter is as good a child as a matrix memory."""
+    data = design({})
+    data["model"]["mixers"]["m"] = {"kind": "envelope", "expand": 1, "conv": 3, "conv_on": ["query", "key"],
+                                    "of": {"kind": "filter", "heads": HEADS, "retention": MAMBA}}
+    found = verify(data, full=True, only=["pieces", "packed", "parallel"])
+    assert [(r.name, r.value, r.note) for r in found.results if r.passed is False] == []
+    assert sum(r.passed is True for r in found.results) >= 4
+
+
 def test_a_write_gate_is_confidence_in_the_observation():
     """Soft gates multiply precisions, so that half a write is an observation with twice the noise."""
     memory = memory_of({"noise": "head"}, publish=True)

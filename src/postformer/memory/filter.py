@@ -32,6 +32,7 @@ from postformer.design.registry import register
 from postformer.kernels import current, gdr, kalman_gains, precision, ridge_solve
 from postformer.memory.filter_design import FilterDesign
 from postformer.memory.matrix import Matrix
+from postformer.memory.rules import resolve
 from postformer.memory.rules.gates import Decay, fp32
 
 SPREAD = 4.0
@@ -174,6 +175,7 @@ class Filter(Matrix):
     def traits(cls, design: FilterDesign) -> Traits:
         return Traits(
             soft_gates=design.local.kind == "none", native_emit=False, publishes=("variance",),
+            inputs=resolve("qkv").inputs,
             exact_gradients=design.covariance != "information" or design.converged,
         )
 
