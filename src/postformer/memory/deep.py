@@ -128,7 +128,7 @@ class Deep(Mixer):
         # Copies: a state must not change when the parameters are trained.
         running = tuple(fp32(w).expand(batch, *w.shape).clone() for w in self.start.values())
         memory = start(running, self.rule, momentum="momentum" in self.gates, dims=(self.channels, self.dim_value),
-                       extra=int("delta" in self.gates))
+                       extra=int(self.design.loss.name == "huber"))
         return DeepMemoryState(memory, None if self.conv is None else self.conv.initial(batch))
 
     def mix(self, x: Tensor, state: State, ctx: Context) -> Out:
@@ -231,7 +231,7 @@ class Deep(Mixer):
             total += Cost(params=(normed if read.weight == "shared" else inner) * (2 if read.bias else 1))
         weights = sum(a * b for a, b in net.maps.values())
         params = heads * weights + (2 * inner if design.net.residual == "norm" else 0)
-        momentum, muon, extra = u.kind != "gradient", u.kind == "muon", int("delta" in gates)
+        momentum, muon, extra = u.kind != "gradient", u.kind == "muon", int(design.loss.name == "huber")
         state = heads * weights * (3 if momentum else 2) + heads * muon + \
             heads * (u.window - 1) * (channels + dim_value + 1 + extra)
         # Each token's gradient: forward, backward, outer product, at every token of the window; then the read.

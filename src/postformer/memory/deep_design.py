@@ -110,8 +110,8 @@ class DeepUpdate(Design):
     visible: Literal["token", "chunk"] | None = None
     """Which weights a token reads: those after it, or those at the end of the last complete chunk. None: token where
     it can be"""
-    clip: float | None = Field(default=None, gt=0)
-    """Each token's inner gradient is softly held below this norm"""
+    clip: float | None = Field(default=1.0, gt=0)
+    """Each token's inner gradient is softly held below this norm; null: as large as it is"""
 
 
 Feature = Literal["silu", "l2norm", "polynomial"]
@@ -180,6 +180,9 @@ class DeepDesign(Design):
         if not bounded:
             raise ValueError("keys of unbounded norm make gradients of any size, and the memory diverges: set "
                              "features: l2norm, or update.clip")
+        if self.loss.name == "lp" and (self.loss.p or 3) > 2 and not self.update.clip:
+            raise ValueError("the gradient of loss 'lp' grows faster than the error, and the memory diverges: set "
+                             "update.clip")
         return self
 
     def sizes(self, width: int) -> tuple[int, int, int, int]:
