@@ -145,7 +145,8 @@ def test_the_script_and_the_commands(tmp_path):
                               capture_output=True, timeout=600)
         assert done.returncode == 0, done.stderr[-2000:]
     script = MODULE + SCRIPT.replace("100_000", "10_000")
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, text=True, capture_output=True, timeout=600,
-                          env={k: v for k, v in env.items() if k != "PYTHONPATH"})
+    (tmp_path / "elsewhere").mkdir()
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path / "elsewhere", text=True,
+                          capture_output=True, timeout=600, env={k: v for k, v in env.items() if k != "PYTHONPATH"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert "def " in done.stdout
