@@ -239,7 +239,8 @@ def test_titans_arrangements_with_other_memories(record_proof, name):
     mixer, branch = ARRANGED[name]
     model = model_of({"name": "proof", "model": {"width": 16, "vocab": VOCAB, "mixers": {
         "memory": mixer, "feedforward": {"kind": "swiglu"}}, "stack": ["memory/feedforward"] * 2}})
-    prove(record_proof, "titans", f"2501.00663 (memory as {name})", model,
+    recipe = {"context": "titans-mac", "gate": "titans-mag", "layer": "titans-mal"}[name.split(",")[0]]
+    prove(record_proof, recipe, f"2501.00663 (another memory as {name})", model,
           lambda w, tokens: model_loop(w, tokens, [[branch, swiglu]] * 2, rms_norm()))
 
 
