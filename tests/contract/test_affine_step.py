@@ -158,7 +158,7 @@ def test_what_is_not_affine_runs_token_by_token_and_says_why(fault, reason, in_b
     memory.initial = lambda batch, condition=None: memory.start.detach().repeat(batch, 1, 1, 1)
     with torch.no_grad():
         if fault == "in place":
-            with pytest.raises(ValueError, match="changed its arguments in place .* make a new tensor"):
+            with pytest.raises(ValueError, match=r"changed its arguments in place .* make a new tensor"):
                 memory(tokens(memory))
         else:
             memory(tokens(memory))
