@@ -80,7 +80,7 @@ def test_a_low_rank_start_computes_the_same(trained):
 
 def test_what_cannot_be_a_start_is_refused_before_the_run_begins(tmp_path, corpus, trained):
     cases = [(design(width=32), trained, "embedding.weight is [256, 16] there and [256, 32] here", "width and layers"),
-             (design(), tmp_path / "nowhere", "does not exist", "start the run again"),
+             (design(), tmp_path / "nowhere", "does not exist", "a run directory"),
              (design(), tmp_path / "cache", "holds neither a checkpoint nor model.safetensors", "a run directory"),
              (load({"name": "x", "model": {"width": 16, "mixers": {"m": {"kind": "mlp"}}, "stack": ["m"]}}),
               tmp_path / "other.safetensors", "no tensor of this model: it holds foreign", "same kinds of memory")]

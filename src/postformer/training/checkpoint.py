@@ -98,13 +98,14 @@ def start_from(model: nn.Module, path: str | Path) -> list[str]:
 
 def _weights_of(path: Path) -> Path:
     """The weights file of a run directory (newest checkpoint) or of a checkpoint; a file as it is."""
-    if not path.is_dir():
+    if path.is_file():
         return path
     if (path / WEIGHTS).exists():
         return path / WEIGHTS
     found = steps(path / "checkpoints")
     if not found:
-        raise CheckpointError(f"{path} holds neither a checkpoint nor {WEIGHTS}.",
+        what = f"holds neither a checkpoint nor {WEIGHTS}" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {what}.",
                               "Give train.start a run directory that training wrote to, or a weights file.")
     return path / "checkpoints" / f"step-{found[-1]}" / WEIGHTS
 
