@@ -11,7 +11,8 @@ import yaml
 from postformer.design import names
 from postformer.design.schema import recipe_schema
 
-BUILT_IN = {"attention", "matrix", "vector", "swiglu", "geglu", "mlp", "channel-mix", "chain", "parallel"}
+BUILT_IN = {"attention", "matrix", "vector", "deep", "filter", "cell", "self-modifying", "swiglu", "geglu", "mlp",
+            "channel-mix", "moe", "chain", "parallel", "context", "router", "envelope"}
 
 
 @pytest.fixture(scope="module")
