@@ -22,7 +22,7 @@ def memory(*more: str, width: int = 64):
 @pytest.mark.parametrize(("override", "text", "remedy"), [
     ("heads.key=2", "each head makes its own keys", "leave heads.key out"),
     ("heads.dim_value=32", "go through the same memories", "leave both out"),
-    ("local=shift", "no local mixing 'shift'", "set local: none or conv"),
+    ("local=shift", "not by shift", "set local: conv4 or none"),
     ("read={per: group}", "norms the heads of a shared key", "set per: head"),
     ("update.chunk=0", "greater than or equal to 1", "update.chunk"),
     ("update.rate=1.5", "less than or equal to 1", "update.rate"),

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 
 class Scales:
@@ -17,6 +17,11 @@ class Scales:
 
     def __init__(self, multiple: int = 8) -> None:
         self.multiple = multiple
+
+
+def word(field: str) -> BeforeValidator:
+    """A word may stand for the whole piece: `Annotated[Norm, word("kind")]` reads "rms" as {"kind": "rms"}."""
+    return BeforeValidator(lambda value: {field: value} if isinstance(value, str) else value)
 
 
 class Design(BaseModel):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, WithJsonSchema, model_validator
 
 from postformer.design import registry
-from postformer.design.base import Design, DesignError
+from postformer.design.base import Design, DesignError, word
 from postformer.design.linear import Linears, Lora
 
 VERSION = 1
@@ -42,11 +42,7 @@ class Norm(Design):
     """Only for `layer`: with a bias."""
 
 
-def _norm(value: Any) -> Any:
-    return {"kind": value} if isinstance(value, str) else value
-
-
-AnyNorm = Annotated[Norm, BeforeValidator(_norm)]
+AnyNorm = Annotated[Norm, word("kind")]
 
 
 class Embedding(Design):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from postformer.contract.context import Context, gates
@@ -25,7 +25,7 @@ from postformer.kernels import sequential
 from postformer.layers.norm import HeadNorm
 from postformer.layers.spike import Surrogate
 from postformer.memory.cells import resolve
-from postformer.memory.matrix_design import Local, _local
+from postformer.memory.shared_design import Convolved, Local
 
 LONG, BLOCK = 1024, 64
 """Calls of more tokens than LONG keep every BLOCK-th state for the backward pass and recompute the others."""
@@ -39,7 +39,7 @@ class CellDesign(Design):
     """Cells; None: width"""
     heads: int = Field(default=1, ge=1)
     """Diagonal blocks of the weights (slstm), and groups of the norm"""
-    local: Annotated[Local, BeforeValidator(_local)] = Local()
+    local: Convolved = Local()
     """What slstm's input and forget gates see"""
     reset: Literal["soft", "hard"] = "soft"
     """What a spike does to the potential (lif): soft takes the threshold off, hard sets it to zero"""
@@ -56,8 +56,6 @@ class CellDesign(Design):
 
     @model_validator(mode="after")
     def _sense(self) -> CellDesign:
-        if self.local.kind == "shift":
-            raise ValueError("a cell mixes neighbours by a convolution, not by shift; set local: conv4 or none")
         uses, fields = resolve(self.parameterisation).uses, type(self).model_fields
         for name in ("heads", "local", "reset", "threshold", "surrogate"):
             free = name in uses or (name == "heads" and self.norm != "none")

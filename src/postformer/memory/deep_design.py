@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from postformer.design.base import Design
+from postformer.design.base import Design, word
 from postformer.layers.activation import Activation
-from postformer.memory.matrix_design import Local, MatrixHeads, Read, _features, _local, _read
+from postformer.memory.shared_design import Convolved, Local, MatrixHeads, Read, Ungrouped, several
 
 
 class InnerNet(Design):
@@ -117,14 +117,6 @@ class DeepUpdate(Design):
 Feature = Literal["silu", "l2norm", "polynomial"]
 
 
-def _named(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-def _kind(value: Any) -> Any:
-    return {"kind": value} if isinstance(value, str) else value
-
-
 def _retention(value: Any) -> Any:
     short = {"none": {}, "decay": {"per": "head"}, "lq": {"per": "head", "mirror": "lq"},
              "kl": {"per": "head", "mirror": "kl"}}
@@ -133,15 +125,15 @@ def _retention(value: Any) -> Any:
 
 class DeepDesign(Design):
     kind: Literal["deep"] = "deep"
-    net: Annotated[InnerNet, BeforeValidator(_kind)] = InnerNet()
-    loss: Annotated[InnerLoss, BeforeValidator(_named)] = InnerLoss()
+    net: Annotated[InnerNet, word("kind")] = InnerNet()
+    loss: Annotated[InnerLoss, word("name")] = InnerLoss()
     retention: Annotated[DeepRetention, BeforeValidator(_retention)] = DeepRetention()
-    update: Annotated[DeepUpdate, BeforeValidator(_kind)] = DeepUpdate()
+    update: Annotated[DeepUpdate, word("kind")] = DeepUpdate()
     heads: MatrixHeads = MatrixHeads()
-    features: Annotated[tuple[Feature, ...], BeforeValidator(_features)] = ("l2norm",)
+    features: Annotated[tuple[Feature, ...], several] = ("l2norm",)
     """Feature maps of q and k, in order; polynomial adds the products of all pairs of channels"""
-    local: Annotated[Local, BeforeValidator(_local)] = Local()
-    read: Annotated[Read, BeforeValidator(_read)] = Read()
+    local: Convolved = Local()
+    read: Ungrouped = Read()
     forget_at: Literal["segment", "document", "stream"] = "document"
 
     @property
@@ -166,12 +158,8 @@ class DeepDesign(Design):
                              "more than a chunk would be lowered at every token; set a window up to the chunk")
         if self.heads.key:
             raise ValueError("each head of a deep memory has its own keys; leave heads.key out")
-        if self.local.kind == "shift":
-            raise ValueError("a deep memory has no local mixing 'shift'; set local: none or conv")
         if "polynomial" in self.features[:-1]:
             raise ValueError("'polynomial' makes many channels of few; put it last in features")
-        if self.read.per == "group":
-            raise ValueError("read.per 'group' norms the heads of a shared key; set per: head or all")
         if self.loss.name == "dot" and self.net.residual == "norm":
             raise ValueError("loss 'dot' only lengthens what it points along, which the norm of net.residual takes out;"
                              " set loss: l2, or net.residual: none")
@@ -188,10 +176,7 @@ class DeepDesign(Design):
     def sizes(self, width: int) -> tuple[int, int, int, int]:
         """(heads, dim_key, channels of the features of a key, dim_value)"""
         h = self.heads
-        if (h.dim_key is None or h.dim_value is None) and width % h.value:
-            raise ValueError(f"width {width} is not a multiple of heads.value ({h.value}); "
-                             "set heads.dim_key and heads.dim_value")
-        dim_key, dim_value = h.dim_key or width // h.value, h.dim_value or width // h.value
+        dim_key, dim_value = h.dims(width)
         channels = dim_key + dim_key * (dim_key + 1) // 2 if "polynomial" in self.features else dim_key
         if channels != dim_value and (self.net.residual == "norm" or self.net.kind == "convolution"):
             what = "net.residual adds the key to the prediction" if self.net.residual == "norm" else \

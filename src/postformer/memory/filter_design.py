@@ -3,23 +3,13 @@ it shares with a matrix memory."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from postformer.design.base import Design
-from postformer.memory.matrix_design import (
-    Feature,
-    Local,
-    MatrixDesign,
-    MatrixHeads,
-    Read,
-    Retention,
-    Update,
-    _features,
-    _local,
-    _read,
-)
+from postformer.design.base import Design, word
+from postformer.memory.matrix_design import Feature, MatrixDesign, Retention, Update
+from postformer.memory.shared_design import AnyLocal, AnyRead, Local, MatrixHeads, Read, several
 
 Process = Literal["none", "stationary", "fading"]
 
@@ -64,38 +54,26 @@ class Solver(Design):
     iterations: int = Field(default=30, ge=1, le=200)
 
 
-def _retention(value: Any) -> Any:
-    return {"per": value} if isinstance(value, str) else value
-
-
-def _kind(value: Any) -> Any:
-    return {"kind": value} if isinstance(value, str) else value
-
-
-def _per(value: Any) -> Any:
-    return {"per": value} if isinstance(value, str) else value
-
-
 class FilterDesign(Design):
     kind: Literal["filter"] = "filter"
     covariance: Literal["isotropic", "diagonal", "full", "mean-field", "information"] = "full"
     """What is kept of the covariance over keys: p I, a diagonal (of its inverse), all of it; mean-field: a diagonal,
     each key channel as if alone; information: the inverse as a sum of k k^T, solved with a ridge at every read"""
     heads: MatrixHeads = MatrixHeads()
-    retention: Annotated[FilterRetention, BeforeValidator(_retention)] = FilterRetention()
-    noise: Annotated[Noise, BeforeValidator(_per)] = Noise()
+    retention: Annotated[FilterRetention, word("per")] = FilterRetention()
+    noise: Annotated[Noise, word("per")] = Noise()
     initial: float = Field(default=1.0, gt=0)
     """Where the prior variance p_0 of a head starts; learned, within a factor of 55"""
     rate: Literal["one", "sigmoid"] = "one"
     """Weight of a token, covariance: information"""
-    ridge: Annotated[Ridge, BeforeValidator(_kind)] = Ridge()
-    solver: Annotated[Solver, BeforeValidator(_kind)] = Solver()
+    ridge: Annotated[Ridge, word("kind")] = Ridge()
+    solver: Annotated[Solver, word("kind")] = Solver()
     query: Literal["solved", "gated"] = "solved"
     """covariance: information reads with x = (H + Lambda)^-1 q, or with q + a (x - q), a chosen by the input"""
-    features: Annotated[tuple[Feature, ...], BeforeValidator(_features)] = ("l2norm",)
+    features: Annotated[tuple[Feature, ...], several] = ("l2norm",)
     """Feature maps of q and k, in order"""
-    local: Annotated[Local, BeforeValidator(_local)] = Local()
-    read: Annotated[Read, BeforeValidator(_read)] = Read()
+    local: AnyLocal = Local()
+    read: AnyRead = Read()
     forget_at: Literal["segment", "document", "stream"] = "document"
 
     @model_validator(mode="after")

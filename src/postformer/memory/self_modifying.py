@@ -15,11 +15,11 @@ a_t, memories lose what they start with (in the time of some d / 2 eta tokens) u
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from postformer.contract.context import Context, gates
@@ -34,8 +34,8 @@ from postformer.kernels.deep_grid import grid
 from postformer.layers.activation import ACTIVATIONS
 from postformer.layers.local import ShortConvolution
 from postformer.layers.norm import HeadNorm, l2norm
-from postformer.memory.matrix_design import Local, MatrixHeads, Read, _local, _read
 from postformer.memory.rules.gates import LowRank, fp32, gate_rank
+from postformer.memory.shared_design import Convolved, Local, MatrixHeads, Read, Ungrouped
 
 COLUMNS = ("k", "v", "rate", "decay", "memory")
 """The order of the memories in the state"""
@@ -64,8 +64,8 @@ class SelfModifyingDesign(Design):
     """M(x) = x + S^T x, so that a memory that has forgotten everything still maps; else S^T x"""
     decay_to: Literal["zero", "start"] = "zero"
     """zero: the paper's weight decay; start: the learned start, S_t = S_0 + a_t (S_{t-1} - S_0) + ..."""
-    local: Annotated[Local, BeforeValidator(_local)] = Local()
-    read: Annotated[Read, BeforeValidator(_read)] = Read()
+    local: Convolved = Local()
+    read: Ungrouped = Read()
     forget_at: Literal["segment", "document", "stream"] = "document"
 
     @model_validator(mode="after")
@@ -76,19 +76,11 @@ class SelfModifyingDesign(Design):
             raise ValueError(f"keys, values and inputs go through the same memories; set heads.dim_key "
                              f"({self.heads.dim_key}) and heads.dim_value ({self.heads.dim_value}) to the same, or "
                              "leave both out")
-        if self.local.kind == "shift":
-            raise ValueError("a self-modifying memory has no local mixing 'shift'; set local: none or conv")
-        if self.read.per == "group":
-            raise ValueError("read.per 'group' norms the heads of a shared key; set per: head or all")
         return self
 
     def sizes(self, width: int) -> tuple[int, int]:
         """(heads, channels of each)"""
-        h = self.heads
-        if h.dim_key is None and width % h.value:
-            raise ValueError(f"width {width} is not a multiple of heads.value ({h.value}); "
-                             "set heads.dim_key and heads.dim_value")
-        return h.value, h.dim_key or width // h.value
+        return self.heads.value, self.heads.dims(width)[0]
 
 
 class SelfModifyingState(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from postformer.contract.context import Context
@@ -19,7 +19,7 @@ from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.design.registry import register
 from postformer.layers.spike import Surrogate
-from postformer.memory.matrix_design import Local, _local
+from postformer.memory.shared_design import Convolved, Local
 from postformer.memory.vectors import resolve
 
 
@@ -39,7 +39,7 @@ class VectorDesign(Design):
     """Diagonal blocks of the gates' weights (rglru)"""
     bias: bool = False
     """On the projections in and out"""
-    local: Annotated[Local, BeforeValidator(_local)] = Local()
+    local: Convolved = Local()
     threshold: float = Field(default=1.0, gt=0)
     """At which a neuron spikes (lif)"""
     surrogate: Surrogate = "atan"
@@ -49,8 +49,6 @@ class VectorDesign(Design):
 
     @model_validator(mode="after")
     def _sense(self) -> VectorDesign:
-        if self.local.kind == "shift":
-            raise ValueError("a vector memory mixes neighbours by a convolution, not by shift; set local: conv4 or none")
         uses, fields = resolve(self.parameterisation).uses, type(self).model_fields
         for name in ("dim_inner", "dim_state", "rank", "inner_norm", "blocks", "bias", "local", "threshold",
                      "surrogate"):

@@ -27,7 +27,7 @@ from postformer.design.grammar import AnyMixer
 from postformer.design.registry import register
 from postformer.layers.activation import ACTIVATIONS
 from postformer.layers.local import ShortConvolution
-from postformer.memory.matrix_design import Local
+from postformer.memory.shared_design import Local
 
 
 class EnvelopeDesign(Design):
