@@ -78,9 +78,14 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, size).uniform_(-(size**-0.5), size**-0.5))
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
+    @classmethod
+    def of(cls, width: int, design: Any) -> ShortConvolution | None:
+        """What a design's `local` makes in front of `width` channels: None unless it is a convolution."""
+        return cls(width, design.size, design.bias, design.activation) if design.kind == "conv" else None
+
     @staticmethod
     def cost(width: int, design: Any) -> Cost:
-        """Of what a design's `local` makes in front of `width` channels: nothing unless it is a convolution."""
+        """Of what `of` makes."""
         if design.kind != "conv":
             return Cost()
         return Cost(params=width * (design.size + design.bias), state=4 * width * (design.size - 1))

@@ -45,9 +45,7 @@ class SLstm(Unit):
         super().__init__()
         self.forget_at, inner, self.heads = design.forget_at, design.inner(site.width), design.heads
         self.dim, wide = inner // self.heads, site.width // self.heads
-        local = design.local
-        self.conv = (ShortConvolution(site.width, local.size, local.bias, local.activation)
-                     if local.kind == "conv" else None)
+        self.conv = ShortConvolution.of(site.width, design.local)
         for name, rows, columns in (("gate", wide, 2), ("value", wide, 2), ("recurrent", self.dim, 4)):
             std = 0.0 if name == "recurrent" else (2 / (5 * site.width)) ** 0.5
             weight = site.parameter(f"{name}_weight", (self.heads, rows, columns * self.dim),

@@ -73,11 +73,11 @@ def _child(design: EnvelopeDesign) -> Traits:
 class Envelope(Mixer):
     def __init__(self, design: EnvelopeDesign, site: Any) -> None:
         super().__init__()
-        inner, local = design.inner(site.width), design.local
+        inner = design.inner(site.width)
         self.forget_at = getattr(design.of, "forget_at", "document")
         self.up = site.linear("up", site.width, inner)
         self.gate = site.linear("gate", site.width, inner, role="gate") if design.gate != "none" else None
-        self.conv = ShortConvolution(inner, local.size, local.bias) if design.conv else None
+        self.conv = ShortConvolution.of(inner, design.local)
         self.of = replace(site, dim_out=inner).build(design.of, "of", inner)
         self.skip = site.parameter("skip", (inner,), lambda p: p.fill_(1)) if design.skip else None
         self.out = site.linear("out", inner, site.dim_out)

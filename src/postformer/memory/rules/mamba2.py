@@ -39,8 +39,7 @@ class Mamba2(Rule):
         self.dt_bias = site.parameter("dt_bias", (self.heads,), inverse_softplus_dt)
         self.A_log = site.parameter("A_log", (self.heads,), log_uniform_a)
         self.D = site.parameter("D", (self.heads,), lambda p: p.fill_(1))
-        self.conv = (ShortConvolution(sum(self.widths), design.local.size, design.local.bias, design.local.activation)
-                     if design.local.kind == "conv" else None)
+        self.conv = ShortConvolution.of(sum(self.widths), design.local)
 
     def initial(self, batch: int) -> State:
         return None if self.conv is None else self.conv.initial(batch)

@@ -56,10 +56,9 @@ class Qkv(Rule):
                      if self.rated(design) else None)
         self.decay = Decay(design, site)
         self.columns = self.dim_value + (design.normaliser == "sum")
-        local = design.local
-        self.conv = (ShortConvolution(sum(self.widths), local.size, local.bias, local.activation)
-                     if local.kind == "conv" else None)
-        self.mix = (site.parameter("mix", (site.width,), lambda p: p.fill_(0.5)) if local.kind == "shift" else None)
+        self.conv = ShortConvolution.of(sum(self.widths), design.local)
+        self.mix = (site.parameter("mix", (site.width,), lambda p: p.fill_(0.5)) if design.local.kind == "shift"
+                    else None)
 
     def initial(self, batch: int) -> State:
         if self.conv is not None:

@@ -40,9 +40,7 @@ class Mamba1(Unit):
         self.widths = [step_rank(design, site.width), states, states]
         self.x = site.linear("x", site.width, self.inner, bias=design.bias)
         self.z = site.linear("z", site.width, self.inner, bias=design.bias)
-        local = design.local
-        self.conv = (ShortConvolution(self.inner, local.size, local.bias, local.activation)
-                     if local.kind == "conv" else None)
+        self.conv = ShortConvolution.of(self.inner, design.local)
         self.bcdt = site.linear("bcdt", self.inner, sum(self.widths), role="gate")
         self.dt = site.linear("dt", self.widths[0], self.inner, bias=True, role="gate")
         with torch.no_grad():
