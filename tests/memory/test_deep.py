@@ -166,7 +166,7 @@ def test_sensible_combinations_verify(memory):
     ({"loss": "lp", "update": {"clip": None}}, "grows faster than the error"),
     ({"features": ["polynomial", "l2norm"]}, "put it last"),
     ({"heads": {"value": 2, "key": 1}}, "leave heads.key out"),
-    ({"local": "shift"}, "set local: none or conv"),
+    ({"local": "shift"}, "set local: conv4 or none"),
     ({"read": {"per": "group"}}, "set per: head or all"),
     ({"heads": {"value": 3}}, "width 16 is not a multiple"),
     ({"net": {"residual": "norm"}, "heads": {"value": 2, "dim_key": 4}}, "set heads.dim_key = heads.dim_value"),

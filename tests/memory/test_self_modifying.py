@@ -96,8 +96,8 @@ def test_the_chunk_is_part_of_the_model():
 
 def test_other_choices_keep_the_contract():
     other = [MEMORY + m for m in ("decay_to=start", "residual=false", "local=none", "update={chunk: 5, rate: 0.5}",
-                                  "read={norm: layer, per: all, weight: full, bias: true, gate: silu, gate_rank: 4}",
-                                  "heads={value: 2}")]
+                                  "read={norm: layer, per: all, weight: full, bias: true, gate: silu, gate_rank: 4, "
+                                  "out: false}", "heads={value: 2}")]
     found = verify(load("hope", other, layers=2), only=(
         "token by token, fp64", "packed", "garbage", "declared", "read-only", "pieces = whole", "different age"))
     assert [(r.name, r.note) for r in found.results if not r.passed] == []

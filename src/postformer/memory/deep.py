@@ -17,19 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from postformer.contract.context import Context
-from postformer.contract.mixer import Mixer, Out, Traits
+from postformer.contract.mixer import Out, Traits
 from postformer.contract.state import State
 from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.design.registry import register
 from postformer.kernels.deep import DeepState, Rule, deep, start
-from postformer.layers.activation import ACTIVATIONS
 from postformer.layers.local import ShortConvolution
-from postformer.layers.norm import HeadNorm, l2norm
+from postformer.layers.norm import l2norm
 from postformer.memory.deep_design import DeepDesign
 from postformer.memory.deep_losses import slope
 from postformer.memory.deep_nets import Convolution, Gated, Inner, Mlp, Net
-from postformer.memory.rules.gates import LowRank, fp32, gate_rank
+from postformer.memory.read import HeadRead
+from postformer.memory.rules.gates import fp32
 
 
 def polynomial(x: Tensor) -> Tensor:
@@ -89,13 +89,13 @@ class DeepMemoryState(NamedTuple):
 
 
 @register(DeepDesign)
-class Deep(Mixer):
+class Deep(HeadRead):
     def __init__(self, design: DeepDesign, site: Any) -> None:
         super().__init__()
         self.design, self.forget_at = design, design.forget_at
         self.heads, self.dim_key, self.channels, self.dim_value = design.sizes(site.width)
         self.rule, self.net = rule_of(design), net_of(design, self.channels, self.dim_value)
-        keys, inner, read = self.heads * self.dim_key, self.heads * self.dim_value, design.read
+        keys, inner = self.heads * self.dim_key, self.heads * self.dim_value
         self.widths = [keys, keys, inner]
         self.q, self.k = site.linear("q", site.width, keys), site.linear("k", site.width, keys)
         self.v = site.linear("v", site.width, inner)
@@ -103,9 +103,7 @@ class Deep(Mixer):
         for name, begin in gate_names(design).items():
             self.gates[name] = site.linear(name, site.width, self.heads, role="gate")
             self.biases[name] = site.parameter(name, (self.heads,), lambda p, begin=begin: p.fill_(begin))
-        local = design.local
-        self.conv = (ShortConvolution(sum(self.widths), local.size, local.bias, local.activation)
-                     if local.kind == "conv" else None)
+        self.conv = ShortConvolution.of(sum(self.widths), design.local)
         self.start = nn.ParameterDict()
         for name, (a, b) in self.net.maps.items():
             self.start[f"{name}_weight"] = site.parameter(
@@ -114,15 +112,7 @@ class Deep(Mixer):
         if design.net.residual == "norm":
             self.inner_norm["weight"] = site.parameter("norm_weight", (inner,), lambda p: p.fill_(1), role="norm")
             self.inner_norm["bias"] = site.parameter("norm_bias", (inner,), lambda p: p.zero_(), role="norm")
-        parts = {"head": self.heads, "all": 1}[read.per]
-        self.norm = None if read.norm == "none" else HeadNorm(
-            parts, inner // parts, read.norm, read.eps, read.weight != "none", read.bias, read.weight == "shared")
-        rank = gate_rank(read.gate_rank, self.dim_value)
-        self.gate = None
-        if read.gate != "none":
-            self.gate = (site.linear("gate", site.width, inner, role="gate") if rank is None
-                         else LowRank(site, "gate", site.width, rank, inner))
-        self.out = site.linear("out", inner, site.dim_out) if read.out else None
+        self.make_read(design.read, site, self.heads, self.dim_value)
 
     def initial(self, batch: int, condition: Tensor | None = None) -> DeepMemoryState:
         # Copies: a state must not change when the parameters are trained.
@@ -162,23 +152,13 @@ class Deep(Mixer):
             extra=extra, tick=ctx.tick, write=ctx.write, valid=ctx.valid, reset=reset,
             initial=None if reset is None else self.initial(x.shape[0]).memory,
         )
-        return Out(self._read(o.transpose(1, 2).flatten(-2).to(x.dtype), x),
+        return Out(self.finish(o.transpose(1, 2).flatten(-2).to(x.dtype), x),
                    DeepMemoryState(memory, local))
 
     def _theta(self, raw: Tensor) -> Tensor:
         rate = self.design.update.rate
         over = {"none": 1, "chunk": self.rule.chunk, "dim-key": self.dim_key}[rate.over]
         return rate.max / over * raw.sigmoid()
-
-    def _read(self, o: Tensor, x: Tensor) -> Tensor:
-        """o [B, T, heads * dim_value] -> y [B, T, D_out]"""
-        gate = None if self.gate is None else ACTIVATIONS[self.design.read.gate](self.gate(x))
-        if gate is not None and self.design.read.order == "gate-norm":
-            o, gate = o * gate, None
-        if self.norm is not None:
-            o = self.norm(o)
-        o = o if gate is None else o * gate
-        return o if self.out is None else self.out(o)
 
     @classmethod
     def traits(cls, design: DeepDesign) -> Traits:
@@ -211,24 +191,13 @@ class Deep(Mixer):
     @classmethod
     def cost(cls, design: DeepDesign, site: Any) -> Cost:
         heads, dim_key, channels, dim_value = design.sizes(site.width)
-        net, read, u = net_of(design, channels, dim_value), design.read, design.update
+        net, u = net_of(design, channels, dim_value), design.update
         keys, inner, gates = heads * dim_key, heads * dim_value, gate_names(design)
         total = site.linear_cost(site.width, keys) + site.linear_cost(site.width, keys) + \
-            site.linear_cost(site.width, inner) + ShortConvolution.cost(2 * keys + inner, design.local)
-        if read.out:
-            total += site.linear_cost(inner, site.dim_out)
-        elif inner != site.dim_out:
-            raise ValueError(f"{inner} channels of all heads do not fit a width of {site.dim_out}; set read.out: true, "
-                             "or leave heads.dim_value out")
+            site.linear_cost(site.width, inner) + ShortConvolution.cost(2 * keys + inner, design.local) + \
+            cls.read_cost(design.read, site, heads, dim_value)
         for _ in gates:
             total += site.linear_cost(site.width, heads, role="gate") + Cost(params=heads)
-        if read.gate != "none":
-            rank = gate_rank(read.gate_rank, dim_value)
-            total += (site.linear_cost(site.width, inner, role="gate") if rank is None
-                      else LowRank.cost(site, site.width, rank, inner))
-        if read.norm != "none" and read.weight != "none":
-            normed = {"head": dim_value, "all": inner}[read.per]
-            total += Cost(params=(normed if read.weight == "shared" else inner) * (2 if read.bias else 1))
         weights = sum(a * b for a, b in net.maps.values())
         params = heads * weights + (2 * inner if design.net.residual == "norm" else 0)
         momentum, muon, extra = u.kind != "gradient", u.kind == "muon", int(design.loss.name == "huber")

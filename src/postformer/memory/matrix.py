@@ -21,15 +21,13 @@ from postformer.contract.state import State
 from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.design.registry import register
-from postformer.layers.activation import ACTIVATIONS
-from postformer.layers.norm import HeadNorm
 from postformer.memory.matrix_design import MatrixDesign
+from postformer.memory.read import HeadRead
 from postformer.memory.rules import resolve
-from postformer.memory.rules.gates import LowRank, gate_rank
 
 
 @register(MatrixDesign)
-class Matrix(AffineMemory):
+class Matrix(HeadRead, AffineMemory):
     def __init__(self, design: MatrixDesign, site: Any) -> None:
         super().__init__()
         self.design, self.forget_at = design, design.forget_at
@@ -37,16 +35,7 @@ class Matrix(AffineMemory):
         self.params = resolve(design.parameterisation)(design, site)
         self.shape = (heads, dim_key, self.params.columns)
         self.wanted = site.publish
-        read, inner = design.read, heads * dim_value
-        parts = {"head": heads, "group": groups, "all": 1}[read.per]
-        self.norm = None if read.norm == "none" else HeadNorm(
-            parts, inner // parts, read.norm, read.eps, read.weight != "none", read.bias, read.weight == "shared")
-        rank = gate_rank(read.gate_rank, dim_value)
-        self.gate = None
-        if read.gate != "none":
-            self.gate = (site.linear("gate", site.width, inner, role="gate") if rank is None
-                         else LowRank(site, "gate", site.width, rank, inner))
-        self.out = site.linear("out", inner, site.dim_out) if read.out else None
+        self.make_read(design.read, site, heads, dim_value, groups)
 
     def initial_local(self, batch: int) -> State:
         return self.params.initial(batch)
@@ -55,7 +44,7 @@ class Matrix(AffineMemory):
         return self.params(x, state, ctx)
 
     def read(self, o: Tensor, x: Tensor, rule: GDR) -> Tensor:
-        aux, read = rule.aux, self.design.read
+        aux = rule.aux
         o = o.transpose(1, 2)
         if "floor" in aux:
             o = o[..., :-1] / (torch.maximum(o[..., -1:].abs(), aux["floor"].transpose(1, 2)) + 1e-6).to(o.dtype)
@@ -64,17 +53,7 @@ class Matrix(AffineMemory):
         o = o.flatten(-2)
         if "skip" in aux:
             o = o + aux["skip"]
-        gate = aux.get("gate")
-        if self.gate is not None:
-            gate = ACTIVATIONS[read.gate](self.gate(x))
-        if gate is not None and read.order == "gate-norm":
-            o, gate = o * gate, None
-        if self.norm is not None:
-            o = self.norm(o)
-        if "bonus" in aux:
-            o = o + aux["bonus"]
-        o = o if gate is None else o * gate
-        return o if self.out is None else self.out(o)
+        return self.finish(o, x, gate=aux.get("gate"), bonus=aux.get("bonus"))
 
     def publish(self, rule: GDR, o: Tensor) -> Mapping[str, Any]:
         return {name: rule.aux[name] for name in self.wanted}
@@ -96,20 +75,8 @@ class Matrix(AffineMemory):
     @classmethod
     def cost(cls, design: MatrixDesign, site: Any) -> Cost:
         heads, groups, dim_key, dim_value = design.sizes(site.width)
-        params, read, inner = resolve(design.parameterisation), design.read, heads * dim_value
-        normed = {"head": dim_value, "group": inner // groups, "all": inner}[read.per]
-        total = params.cost(design, site)
-        if read.out:
-            total += site.linear_cost(inner, site.dim_out)
-        elif inner != site.dim_out:
-            raise ValueError(f"{inner} channels of all heads do not fit a width of {site.dim_out}; set read.out: true, "
-                             "or leave heads.dim_value out")
-        if read.gate != "none":
-            rank = gate_rank(read.gate_rank, dim_value)
-            total += (site.linear_cost(site.width, inner, role="gate") if rank is None
-                      else LowRank.cost(site, site.width, rank, inner))
-        if read.norm != "none" and read.weight != "none":
-            total += Cost(params=(normed if read.weight == "shared" else inner) * (2 if read.bias else 1))
+        params = resolve(design.parameterisation)
+        total = params.cost(design, site) + cls.read_cost(design.read, site, heads, dim_value, groups)
         columns = dim_value + (design.normaliser == "sum" or params.normalised)
         flops = params.flops(design) * heads * dim_key * columns
         return total + Cost(flops_per_token=flops, state=4 * heads * dim_key * columns)

@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from postformer.contract.context import Context, gates
-from postformer.contract.mixer import Mixer, Out, Traits
+from postformer.contract.mixer import Out, Traits
 from postformer.contract.state import where
 from postformer.design.base import Design
 from postformer.design.choices import Choices
@@ -31,10 +31,10 @@ from postformer.design.cost import Cost
 from postformer.design.registry import register
 from postformer.kernels import current, gdr
 from postformer.kernels.deep_grid import grid
-from postformer.layers.activation import ACTIVATIONS
 from postformer.layers.local import ShortConvolution
-from postformer.layers.norm import HeadNorm, l2norm
-from postformer.memory.rules.gates import LowRank, fp32, gate_rank
+from postformer.layers.norm import l2norm
+from postformer.memory.read import HeadRead
+from postformer.memory.rules.gates import fp32
 from postformer.memory.shared_design import Convolved, Local, MatrixHeads, Read, Ungrouped
 
 COLUMNS = ("k", "v", "rate", "decay", "memory")
@@ -94,12 +94,12 @@ class SelfModifyingState(NamedTuple):
 
 
 @register(SelfModifyingDesign)
-class SelfModifying(Mixer):
+class SelfModifying(HeadRead):
     def __init__(self, design: SelfModifyingDesign, site: Any) -> None:
         super().__init__()
         self.design, self.forget_at = design, design.forget_at
         self.heads, self.dim = design.sizes(site.width)
-        inner, read, d = self.heads * self.dim, design.read, self.dim
+        inner, d = self.heads * self.dim, self.dim
         self.x, self.q = site.linear("x", site.width, inner), site.linear("q", site.width, inner)
         self.start = nn.ParameterDict({
             f"{name}_weight": site.parameter(name, (self.heads, d, out), lambda p: p.normal_(0, d**-0.5))
@@ -107,18 +107,8 @@ class SelfModifying(Mixer):
         self.rate = site.parameter("rate_offset", (self.heads,), lambda p: p.fill_(RATE))
         self.decay = site.parameter("decay_offset", (self.heads,),
                                     lambda p: p.copy_(torch.linspace(*DECAY, self.heads)))
-        local = design.local
-        self.conv = (ShortConvolution(2 * inner, local.size, local.bias, local.activation)
-                     if local.kind == "conv" else None)
-        parts = {"head": self.heads, "all": 1}[read.per]
-        self.norm = None if read.norm == "none" else HeadNorm(
-            parts, inner // parts, read.norm, read.eps, read.weight != "none", read.bias, read.weight == "shared")
-        rank = gate_rank(read.gate_rank, d)
-        self.gate = None
-        if read.gate != "none":
-            self.gate = (site.linear("gate", site.width, inner, role="gate") if rank is None
-                         else LowRank(site, "gate", site.width, rank, inner))
-        self.out = site.linear("out", inner, site.dim_out)
+        self.conv = ShortConvolution.of(2 * inner, design.local)
+        self.make_read(design.read, site, self.heads, d)
 
     def initial(self, batch: int, condition: Tensor | None = None) -> SelfModifyingState:
         first = self._first(batch)
@@ -140,7 +130,7 @@ class SelfModifying(Mixer):
             u, q = (l2norm(fp32(a).unflatten(-1, (self.heads, -1)).transpose(1, 2)) for a in (u, q))
             learn = self._tokens if current().backend == "reference" else self._chunks
             o, state = learn(u, q, state, ctx)
-        return Out(self._read(o.transpose(1, 2).flatten(-2).to(x.dtype), x), state._replace(local=local))
+        return Out(self.finish(o.transpose(1, 2).flatten(-2).to(x.dtype), x), state._replace(local=local))
 
     def _gates(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor | None]:
         """(tick and write [B, 1, T, 1], zero where no token is; which tokens count in a chunk [B, T], None: all)"""
@@ -209,15 +199,6 @@ class SelfModifying(Mixer):
             o, running = o + q @ first[..., 2 * d + 2 :], running + first
         return q + o if self.design.residual else o, running
 
-    def _read(self, o: Tensor, x: Tensor) -> Tensor:
-        """o [B, T, heads * d] -> y [B, T, D_out]"""
-        gate = None if self.gate is None else ACTIVATIONS[self.design.read.gate](self.gate(x))
-        if gate is not None and self.design.read.order == "gate-norm":
-            o, gate = o * gate, None
-        if self.norm is not None:
-            o = self.norm(o)
-        return self.out(o if gate is None else o * gate)
-
     @classmethod
     def traits(cls, design: SelfModifyingDesign) -> Traits:
         return Traits(soft_gates=design.local.kind == "none", native_emit=False)
@@ -238,16 +219,9 @@ class SelfModifying(Mixer):
     @classmethod
     def cost(cls, design: SelfModifyingDesign, site: Any) -> Cost:
         heads, d = design.sizes(site.width)
-        inner, columns, read = heads * d, 3 * d + 2, design.read
+        inner, columns = heads * d, 3 * d + 2
         total = site.linear_cost(site.width, inner) + site.linear_cost(site.width, inner) + \
-            site.linear_cost(inner, site.dim_out) + ShortConvolution.cost(2 * inner, design.local)
-        if read.gate != "none":
-            rank = gate_rank(read.gate_rank, d)
-            total += (site.linear_cost(site.width, inner, role="gate") if rank is None
-                      else LowRank.cost(site, site.width, rank, inner))
-        if read.norm != "none" and read.weight != "none":
-            shared = d if read.per == "head" else inner
-            total += Cost(params=(shared if read.weight == "shared" else inner) * (2 if read.bias else 1))
+            ShortConvolution.cost(2 * inner, design.local) + cls.read_cost(design.read, site, heads, d)
         # x through the first memories, v - k through all, and K1's probe, write and read of all.
         flops = 2.0 * inner * (2 * d + 2) + 8.0 * inner * columns
         if design.decay_to == "start":
