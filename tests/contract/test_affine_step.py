@@ -326,6 +326,48 @@ def test_a_parameter_that_others_own_gets_its_gradient():
     torch.testing.assert_close(*found, rtol=1e-10, atol=0)
 
 
+def test_hooks_of_a_parameter_are_called_once():
+    memory, calls, found = made(rules.GatedLinear), [], []
+    assert memory.parallel.startswith("runs in blocks")
+    for hooked in (False, True):
+        if hooked:
+            memory.v.weight.register_hook(lambda g: calls.append(1) or 3 * g)
+        y = memory(tokens(memory)).y
+        found.append(torch.autograd.grad(y.square().sum(), memory.v.weight)[0])
+    assert calls == [1]
+    torch.testing.assert_close(found[1], 3 * found[0], rtol=1e-9, atol=1e-9)
+
+
+def test_a_weight_made_before_the_call_serves_several_calls(in_blocks):
+    """As under parametrize.cached(): what is made of parameters once has one graph, which every call needs."""
+    class Made(rules.GatedLinear):
+        ready = None
+
+        def step(self, x, S):
+            y, S = super().step(x, S)
+            return y * (self.start[0, 0, 0].tanh() if self.ready is None else self.ready[0]), S
+
+    memory, found = made(Made), []
+    assert memory.parallel.startswith("runs in blocks")
+    for backend in ("auto", "reference"):
+        memory.ready = [memory.start[0, 0, 0].tanh()]
+        with use(backend=backend):
+            first = memory(tokens(memory))
+            y = memory(first.y, first.state).y
+        found.append(torch.autograd.grad(y.square().sum(), memory.start)[0])
+    assert len(in_blocks) >= 2
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+def test_a_gradient_after_the_parameters_have_moved_is_refused():
+    memory = made(rules.GatedLinear)
+    y = memory(tokens(memory)).y
+    with torch.no_grad():
+        memory.v.weight.add_(1)
+    with pytest.raises(RuntimeError, match="before the optimiser's step"):
+        y.sum().backward()
+
+
 def test_settings_of_the_call_hold_in_its_backward_pass():
     from postformer.kernels import current
 

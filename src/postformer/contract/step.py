@@ -77,7 +77,10 @@ class StepMemory(Mixer):
         leaves = states.leaves(state)
         if limited and (1 + plan.runs(leaves)) * values > most:
             return None
-        result, gap = affine.in_blocks(self.step, plan, x, state, parameters=read_by(self, x, state), **given)
+        parameters = read_by(self, x, state)
+        if any(p._backward_hooks for p in parameters):  # they would be called twice: by the blocks, and by the caller
+            return None
+        result, gap = affine.in_blocks(self.step, plan, x, state, parameters=parameters, **given)
         if result is None and torch.isfinite(torch.tensor(gap)):
             self._known()[self._key()] = (
                 f"a block ended {gap:.0e} times as far as rounding explains from where the next one was said to start")

@@ -231,6 +231,7 @@ class _Backward(torch.autograd.Function):
         leaves, initial, _ = counts
         ctx.call, ctx.counts = call, counts
         ctx.parameters = rest[leaves + initial :]
+        ctx.versions = [p._version for p in ctx.parameters]
         starts, transitions = kept
         ctx.save_for_backward(x, write, reset, *rest[leaves : leaves + initial], *starts, *transitions)
         final = [s[-call.batch :].clone() for s in ran.ends]
@@ -248,6 +249,9 @@ class _Backward(torch.autograd.Function):
 def _backward(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     call: _Call = ctx.call
     leaves, initials, _ = ctx.counts
+    if ctx.versions != [p._version for p in ctx.parameters]:
+        raise RuntimeError("a parameter has been changed in place since the call whose gradient is wanted: call "
+                           "backward before the optimiser's step")
     x, write, reset, *rest = ctx.saved_tensors
     initial, starts, transitions = rest[:initials], rest[initials : initials + leaves], rest[initials + leaves :]
     with torch.enable_grad(), call.autocast():
@@ -263,19 +267,20 @@ def _backward(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         if g is not None and smooth(place):
             place[-call.batch :] = g
 
-    def back(inputs: list[Tensor], again: bool) -> tuple[Tensor | None, ...]:
+    def back(inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
         pairs = [(o, g) for o, g in zip((ran.y, *ran.emitted, *ran.ends),
                                         (grads[0], *grads[1 + leaves :], *received))
                  if o.requires_grad and g is not None]
         if not pairs or not inputs:
             return (None,) * len(inputs)
+        # Retained: the step may read what was made of parameters before the call, whose graph others use too.
         return torch.autograd.grad([o for o, _ in pairs], inputs, [g.to(o.dtype) for o, g in pairs],
-                                   retain_graph=again, allow_unused=True)
+                                   retain_graph=True, allow_unused=True)
 
     past: list[Tensor | None] = [None] * leaves
     for level in reversed(range(call.plan.levels)):
         own = [i for g in call.plan.at(level) for i in g.leaves if starts[i].requires_grad]
-        direct = dict(zip(own, back([starts[i] for i in own], True)))
+        direct = dict(zip(own, back([starts[i] for i in own])))
         for g, A in zip(call.plan.groups, transitions):
             if g.level != level or g.leaves[0] not in direct:
                 continue
@@ -285,7 +290,7 @@ def _backward(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
                 received[i][: -call.batch] = leaf[call.batch :]
                 past[i] = leaf[: call.batch]
     wanted = [v for v in (x, write, *initial, *ctx.parameters) if v is not None and v.requires_grad]
-    found = {id(v): g for v, g in zip(wanted, back(wanted, False))}
+    found = {id(v): g for v, g in zip(wanted, back(wanted))}
     mine = [None if v is None else found.get(id(v)) for v in (x, write)]
     return (None, None, None, None, None, *mine, *past, *(found.get(id(v)) for v in initial),
             *(found.get(id(v)) for v in ctx.parameters))
