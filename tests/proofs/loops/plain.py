@@ -114,6 +114,16 @@ def convolve(here: Here, name: str, x: Tensor, weight: Tensor, bias: Tensor | No
     return y
 
 
+def projected(w: Weights, x: Tensor, here: Here, sizes: Sequence[int]) -> list[Tensor]:
+    """q, k and v of these sizes: a linear map each, a convolution each, SiLU."""
+    out, start = [], 0
+    for name, size in zip("qkv", sizes, strict=True):
+        taps = w("conv.weight")[start : start + size]
+        out.append(silu(convolve(here, name, w.map(name, x), taps)))
+        start += size
+    return out
+
+
 def swiglu(w: Weights, x: Tensor, here: Here) -> Tensor:
     return w.map("out", silu(w.map("gate", x)) * w.map("up", x))
 

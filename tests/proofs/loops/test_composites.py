@@ -16,6 +16,7 @@ from loops_plain import (
     gelu,
     model_loop,
     model_of,
+    projected,
     prove,
     rms,
     rms_norm,
@@ -76,23 +77,16 @@ def window_attention(window: int, persistent: int = 0):
     return step
 
 
-def projected(w: Weights, x: Tensor, here: Here) -> list[Tensor]:
-    """q, k, v: each through a convolution of four tokens and a SiLU; where there is none, q and k through a SiLU."""
-    out, start = [], 0
-    for name, size in (("q", H * DK), ("k", H * DK), ("v", H * DV)):
-        u = w.map(name, x)
-        if w.has("conv.weight"):
-            u = silu(convolve(here, name, u, w("conv.weight")[start : start + size]))
-        elif name != "v":
-            u = silu(u)
-        out.append(u)
-        start += size
-    return out
+def inputs(w: Weights, x: Tensor, here: Here) -> list[Tensor]:
+    """q, k, v; where there is no convolution, only q and k go through a SiLU."""
+    if w.has("conv.weight"):
+        return projected(w, x, here, (H * DK, H * DK, H * DV))
+    return [silu(w.map("q", x)), silu(w.map("k", x)), w.map("v", x)]
 
 
 def gated_delta_net(w: Weights, x: Tensor, here: Here, a: Tensor = ONE) -> Tensor:
     """2412.06464: S_t = S_{t-1} (alpha^a (I - a beta k k^T)) + a beta v k^T, o = S q."""
-    q, k, v = projected(w.at("params"), x, here)
+    q, k, v = inputs(w.at("params"), x, here)
     beta = sigmoid(w.map("params.rate", x))
     step = softplus(w.map("params.decay.map", x) + w("params.decay.dt_bias"))
     alpha = torch.exp(-torch.exp(w("params.decay.A_log")) * step)
@@ -129,7 +123,7 @@ def long_term_memory(chunk: int, clip: float):
 
         Each gradient is held below `clip`. With a = 0 a token only reads.
         """
-        u = dict(zip("qkv", projected(w, x, here)))
+        u = dict(zip("qkv", inputs(w, x, here)))
         alpha, eta, theta = (sigmoid(w.map(f"gates.{name}", x) + w(f"biases.{name}"))
                              for name in ("decay", "momentum", "rate"))
         kept: dict = here.memory

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,11 +15,11 @@ import torch
 from loops_plain import (
     Here,
     Weights,
-    convolve,
     gelu,
     gelu_tanh,
     model_loop,
     model_of,
+    projected,
     prove,
     rms,
     rms_norm,
@@ -137,11 +136,8 @@ def branch(p: Paper) -> Callable[[Weights, Tensor, Here], Tensor]:
     dk, dv = p.dims
 
     def step(w: Weights, x: Tensor, here: Here) -> Tensor:
-        cuts = [0, H * dk, 2 * H * dk, 2 * H * dk + H * dv]
-        q, k, v = (w.map(name, x) for name in "qkv")
-        if p.conv:
-            q, k, v = (silu(convolve(here, name, u, w("conv.weight")[a:b]))
-                       for name, u, (a, b) in zip("qkv", (q, k, v), pairwise(cuts)))
+        q, k, v = (projected(w, x, here, (H * dk, H * dk, H * dv)) if p.conv else
+                   [w.map(name, x) for name in "qkv"])
 
         def gate(name: str) -> Tensor:
             return w.map(f"gates.{name}", x) + w(f"biases.{name}")

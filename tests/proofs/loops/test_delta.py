@@ -7,9 +7,9 @@ import torch
 from loops_plain import (
     Here,
     Weights,
-    convolve,
     model_loop,
     model_of,
+    projected,
     prove,
     rms,
     rms_norm,
@@ -26,20 +26,10 @@ HEADS = [f"model.mixers.memory.heads.value={H}", f"model.mixers.memory.heads.dim
          f"model.mixers.memory.heads.dim_value={DV}"]
 
 
-def projected(w: Weights, x: Tensor, here: Here, keys: int, values: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v: a linear map each, a convolution of four tokens each, SiLU."""
-    out, start = [], 0
-    for name, size in (("q", H * DK), ("k", keys), ("v", values)):
-        taps = w("params.conv.weight")[start : start + size]
-        out.append(silu(convolve(here, name, w.map(f"params.{name}", x), taps)))
-        start += size
-    return out[0], out[1], out[2]
-
-
 def delta_net(most: float):
     def step(w: Weights, x: Tensor, here: Here) -> Tensor:
         """2406.06484: S_t = S_{t-1} - beta (S_{t-1} k - v) k^T in R^{dv x dk}, o = S q."""
-        q, k, v = projected(w, x, here, H * DK, H * DV)
+        q, k, v = projected(w.at("params"), x, here, (H * DK, H * DK, H * DV))
         beta = most * sigmoid(w.map("params.rate", x))
         out = []
         for h in range(H):
@@ -55,7 +45,7 @@ def delta_net(most: float):
 
 def gated_delta_net(w: Weights, x: Tensor, here: Here) -> Tensor:
     """2412.06464: S_t = S_{t-1} (alpha (I - beta k k^T)) + beta v k^T, o = S q."""
-    q, k, v = projected(w, x, here, H * DK, H * DV)
+    q, k, v = projected(w.at("params"), x, here, (H * DK, H * DK, H * DV))
     beta = sigmoid(w.map("params.rate", x))
     step = softplus(w.map("params.decay.map", x) + w("params.decay.dt_bias"))
     alpha = torch.exp(-torch.exp(w("params.decay.A_log")) * step)
@@ -74,7 +64,7 @@ def kimi_delta_attention(w: Weights, x: Tensor, here: Here) -> Tensor:
 
     alpha and the sigmoid gate of the output through a bottleneck as wide as a head.
     """
-    q, k, v = projected(w, x, here, H * DK, H * DV)
+    q, k, v = projected(w.at("params"), x, here, (H * DK, H * DK, H * DV))
     beta = sigmoid(w.map("params.rate", x))
     raw = w.map("params.decay.map.b", w.map("params.decay.map.a", x)) + w("params.decay.dt_bias")
     out = []
@@ -96,7 +86,7 @@ def delta_product(steps: int):
         A = (I - beta_n k_n k_n^T) ... (I - beta_1 k_1 k_1^T),
         B = sum_j (I - beta_n k_n k_n^T) ... (I - beta_{j+1} k_{j+1} k_{j+1}^T) beta_j k_j v_j^T.
         """
-        q, k, v = projected(w, x, here, steps * H * DK, steps * H * DV)
+        q, k, v = projected(w.at("params"), x, here, (H * DK, steps * H * DK, steps * H * DV))
         beta = 2 * sigmoid(w.map("params.rate", x))
         out = []
         for h in range(H):

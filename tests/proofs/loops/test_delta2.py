@@ -8,9 +8,9 @@ import torch
 from loops_plain import (
     Here,
     Weights,
-    convolve,
     model_loop,
     model_of,
+    projected,
     prove,
     rms,
     rms_norm,
@@ -25,16 +25,6 @@ from torch import Tensor
 H, DK, DV = 2, 6, 10
 HEADS = [f"model.mixers.memory.heads.value={H}", f"model.mixers.memory.heads.dim_key={DK}",
          f"model.mixers.memory.heads.dim_value={DV}"]
-
-
-def mixed(w: Weights, x: Tensor, here: Here, keys: int, values: int) -> list[Tensor]:
-    """q, k, v: a linear map, a convolution of four tokens, SiLU."""
-    out, start = [], 0
-    for name, size in (("q", H * DK), ("k", keys), ("v", values)):
-        taps = w("params.conv.weight")[start : start + size]
-        out.append(silu(convolve(here, name, w.map(f"params.{name}", x), taps)))
-        start += size
-    return out
 
 
 def head(x: Tensor, h: int, dim: int) -> Tensor:
@@ -53,7 +43,7 @@ def state(here: Here, h: int, rows: int, columns: int, x: Tensor) -> Tensor:
 def gated_delta_product(w: Weights, x: Tensor, here: Here) -> Tensor:
     """2502.10297, the gated variant: S_t = S_{t-1} alpha_t prod_j (I - beta_j k_j k_j^T) + ..., beta_j in (0, 2)."""
     steps = 2
-    q, k, v = mixed(w, x, here, steps * H * DK, steps * H * DV)
+    q, k, v = projected(w.at("params"), x, here, (H * DK, steps * H * DK, steps * H * DV))
     beta, alpha = 2 * sigmoid(w.map("params.rate", x)), decay_per_head(w, x)
     out = []
     for h in range(H):
@@ -72,7 +62,7 @@ def longhorn(w: Weights, x: Tensor, here: Here) -> Tensor:
 
     S (I + beta k k^T) = S_{t-1} + beta v k^T.
     """
-    q, k, v = mixed(w, x, here, H * DK, H * DV)
+    q, k, v = projected(w.at("params"), x, here, (H * DK, H * DK, H * DV))
     beta = sigmoid(w.map("params.rate", x))
     out = []
     for h in range(H):
@@ -86,7 +76,7 @@ def longhorn(w: Weights, x: Tensor, here: Here) -> Tensor:
 
 def comba(w: Weights, x: Tensor, here: Here) -> Tensor:
     """2506.02475: S_t = S_{t-1} (alpha_t - b beta_t k_t k_t^T) + beta_t v_t k_t^T, o_t = S_t (q_t - d b k_t)."""
-    q, k, v = mixed(w, x, here, H * DK, H * DV)
+    q, k, v = projected(w.at("params"), x, here, (H * DK, H * DK, H * DV))
     beta, alpha = sigmoid(w.map("params.rate", x)), decay_per_head(w, x)
     b, d = sigmoid(w("params.feedback")), w("params.correction")
     out = []
@@ -101,7 +91,7 @@ def comba(w: Weights, x: Tensor, here: Here) -> Tensor:
 
 def gated_deltanet_2(w: Weights, x: Tensor, here: Here) -> Tensor:
     """2605.22791, S in R^{dk x dv}: S_t = (I - k_t (b_t .* k_t)^T) Diag(alpha_t) S_{t-1} + k_t (w_t .* v_t)^T."""
-    q, k, v = mixed(w, x, here, H * DK, H * DV)
+    q, k, v = projected(w.at("params"), x, here, (H * DK, H * DK, H * DV))
     erase, write = sigmoid(w.map("params.erase", x)), sigmoid(w.map("params.write", x))
     raw = w.map("params.decay.map.b", w.map("params.decay.map.a", x)) + w("params.decay.dt_bias")
     out = []
@@ -123,18 +113,14 @@ def preconditioned(shared: bool):
         shared: both heads have the same key, and so the same A.
         """
         keys = 1 if shared else H
-        sizes, q_k_v, start = {"q": keys * DK, "k": keys * DK, "v": H * DV}, {}, 0
-        for name, size in sizes.items():
-            taps = w("params.conv.weight")[start : start + size]
-            q_k_v[name] = silu(convolve(here, name, w.map(f"params.{name}", x), taps))
-            start += size
+        q, k, v = projected(w.at("params"), x, here, (keys * DK, keys * DK, H * DV))
         beta, alpha = sigmoid(w.map("params.rate", x)), decay_per_head(w, x)
         raw = softplus(w.map("params.curvature_decay", x) + w("params.curvature_dt_bias"))
         alpha_a = torch.exp(-torch.exp(w("params.curvature_A_log")) * raw)
         beta_a = sigmoid(w.map("params.curvature_rate", x))
         units, directions = [], []
         for j in range(keys):
-            k_j = unit(head(q_k_v["k"], j, DK))
+            k_j = unit(head(k, j, DK))
             a = alpha_a[j] * here.memory.get(("A", j), torch.zeros(DK, dtype=x.dtype)) + beta_a[j] * k_j * k_j
             here.memory["A", j] = a
             r = torch.log(a + 1e-6) - w("params.centre")[j]
@@ -144,9 +130,9 @@ def preconditioned(shared: bool):
         for h in range(H):
             j = 0 if shared else h
             s = alpha[h] * state(here, h, DV, DK, x)
-            s = s - beta[h] * torch.outer(s @ units[j] - head(q_k_v["v"], h, DV), directions[j])
+            s = s - beta[h] * torch.outer(s @ units[j] - head(v, h, DV), directions[j])
             here.memory[h] = s
-            out.append(rms(s @ unit(head(q_k_v["q"], j, DK)) / DK**0.5, 1e-5) * w("norm.weight"))
+            out.append(rms(s @ unit(head(q, j, DK)) / DK**0.5, 1e-5) * w("norm.weight"))
         return w.map("out", torch.cat(out) * silu(w.map("gate", x)))
 
     return step

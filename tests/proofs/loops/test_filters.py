@@ -11,9 +11,9 @@ from loops_plain import (
     VOCAB,
     Here,
     Weights,
-    convolve,
     model_loop,
     model_of,
+    projected,
     prove,
     relative,
     rms,
@@ -31,14 +31,10 @@ HEADS = [f"model.mixers.memory.heads.value={H}", f"model.mixers.memory.heads.dim
          f"model.mixers.memory.heads.dim_value={DV}"]
 
 
-def projected(w: Weights, x: Tensor, here: Here) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """q, k, v of each head: a linear map, a convolution of four tokens, SiLU; q and k of unit length."""
-    out, start = [], 0
-    for name, size in (("q", H * DK), ("k", H * DK), ("v", H * DV)):
-        taps = w("params.conv.weight")[start : start + size]
-        out.append(silu(convolve(here, name, w.map(f"params.{name}", x), taps)).unflatten(0, (H, -1)))
-        start += size
-    return [(unit(q) / DK**0.5, unit(k), v) for q, k, v in zip(*out)]
+def by_heads(w: Weights, x: Tensor, here: Here) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """q, k, v of each head; q and k of unit length."""
+    all_heads = projected(w.at("params"), x, here, (H * DK, H * DK, H * DV))
+    return [(unit(q) / DK**0.5, unit(k), v) for q, k, v in zip(*(u.unflatten(0, (H, -1)) for u in all_heads))]
 
 
 def mamba_decay(w: Weights, x: Tensor) -> Tensor:
@@ -64,7 +60,7 @@ def kalman(w: Weights, x: Tensor, here: Here) -> Tensor:
     """
     a, (r, p_0), out = mamba_decay(w, x)[:, 0], noise_and_prior(w, x), []
     eye = torch.eye(DK, dtype=x.dtype)
-    for h, (q, k, v) in enumerate(projected(w, x, here)):
+    for h, (q, k, v) in enumerate(by_heads(w, x, here)):
         p, s = here.memory.get(("p", h), p_0[h] * eye), here.memory.get(("s", h), torch.zeros(DV, DK, dtype=x.dtype))
         surer = torch.linalg.inv(a[h] ** 2 * p + (1 - a[h] ** 2) * p_0[h] * eye)
         p = torch.linalg.inv(surer + torch.outer(k, k) / r[h])
@@ -81,7 +77,7 @@ def approximate(isotropic: bool):
         p- = a^2 p + (1 - a^2) p_0,  gain = p- k / (sum p- k^2 + r),  p = p- / (1 + p- k^2 / r)
         """
         a, (r, p_0), out = mamba_decay(w, x)[:, 0], noise_and_prior(w, x), []
-        for h, (q, k, v) in enumerate(projected(w, x, here)):
+        for h, (q, k, v) in enumerate(by_heads(w, x, here)):
             one = torch.ones((), dtype=x.dtype) if isotropic else torch.ones(DK, dtype=x.dtype)
             p = here.memory.get(("p", h), p_0[h] * one)
             s = here.memory.get(("s", h), torch.zeros(DV, DK, dtype=x.dtype))
@@ -102,7 +98,7 @@ def kalman_linear_attention(w: Weights, x: Tensor, here: Here) -> Tensor:
     with p = (1 - a^2) p_0, the exactly discretised Ornstein-Uhlenbeck process.
     """
     a, (r, p_0), out = mamba_decay(w, x), noise_and_prior(w, x), []
-    for h, (q, k, v) in enumerate(projected(w, x, here)):
+    for h, (q, k, v) in enumerate(by_heads(w, x, here)):
         lam = here.memory.get(("lam", h), torch.ones(DK, dtype=x.dtype) / p_0[h])
         eta = here.memory.get(("eta", h), torch.zeros(DK, DV, dtype=x.dtype))
         rho = 1 / (a[h] ** 2 / lam + (1 - a[h] ** 2) * p_0[h])
@@ -127,7 +123,7 @@ def remembered(here: Here, h: int, k: Tensor, v: Tensor, decay: Tensor, beta: Te
 def mesa_net(w: Weights, x: Tensor, here: Here) -> Tensor:
     """2506.05233: o = G (H + Lambda)^{-1} q with H = sum beta k k^T, G = sum beta v k^T over the decayed past."""
     beta, gamma, out = sigmoid(w.map("params.rate", x)), sigmoid(w.map("params.decay.map", x)), []
-    for h, (q, k, v) in enumerate(projected(w, x, here)):
+    for h, (q, k, v) in enumerate(by_heads(w, x, here)):
         kk, kv = remembered(here, h, k, v, gamma[h], beta[h])
         ridge = torch.diag(0.25 + softplus(w("ridge")[h]))
         out.append(torch.linalg.solve(kk + ridge, q) @ kv)
@@ -139,7 +135,7 @@ def gated_kalma_net(solve):
         """2511.21016: ridge 0.02 |H|_F (and 1e-4, so that an empty past has a solution), query q + c (x - q)."""
         beta, gamma = sigmoid(w.map("params.rate", x)), mamba_decay(w, x)[:, 0]
         share, out = sigmoid(w.map("mix_query", x)), []
-        for h, (q, k, v) in enumerate(projected(w, x, here)):
+        for h, (q, k, v) in enumerate(by_heads(w, x, here)):
             kk, kv = remembered(here, h, k, v, gamma[h], beta[h])
             size = (kk * kk).sum().sqrt()
             found = solve(kk, 1e-4 + 0.02 * size, size, q)
