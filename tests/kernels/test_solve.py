@@ -284,6 +284,21 @@ def test_extremes_are_finite():
                     assert all(x.isfinite().all() for x in found.values()), (name, scale, zero)
 
 
+@pytest.mark.parametrize("solver", ["conjugate-gradient", "chebyshev"])
+@pytest.mark.parametrize("backend", ["parallel", "reference"])
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e20])
+def test_a_solution_is_proportional_to_its_right_side_whatever_its_size(solver, backend, size):
+    """A backward pass solves for gradients, which may be tiny."""
+    args = ridge_args(20, dtype=torch.float32)
+    found = []
+    for unit in (1.0, size):
+        q = (args["q"] * unit).requires_grad_()
+        x = solve(**(args | {"q": q}), solver=solver, backend=backend)[0]
+        found.append((x / unit, torch.autograd.grad(x, q, torch.full_like(x, unit))[0] / unit))
+    for a, b in zip(*found):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * a.abs().max().item())
+
+
 def test_settings_choose_the_backend_and_scale_the_decay_of_the_ridge():
     args = ridge_args(20)
     scaled = solve(**(args | {"g": 5 * args["g"]}))

@@ -32,7 +32,10 @@ Solver = Callable[[Product, Tensor, Tensor, Tensor, int, bool], Tensor]
 
 def conjugate_gradient(product: Product, q: Tensor, low: Tensor, high: Tensor, iterations: int, early: bool) -> Tensor:
     """A token whose residual has shrunk to rounding stays where it is: its steps would be noise over noise."""
-    x, r = torch.zeros_like(q), q
+    # Squares of what is small (a gradient is a right side, too) would be lost in fp32.
+    unit = q.abs().amax(-1, keepdim=True)
+    unit = torch.where(unit > 0, unit, 1.0)
+    x, r = torch.zeros_like(q), q / unit
     p, size = r, (r * r).sum(-1, keepdim=True)
     enough = size * torch.finfo(q.dtype).eps ** 2
     for _ in range(iterations):
@@ -45,7 +48,7 @@ def conjugate_gradient(product: Product, q: Tensor, low: Tensor, high: Tensor, i
         new = (r * r).sum(-1, keepdim=True)
         p = torch.addcmul(r, torch.where(moving, new / torch.where(moving, size, 1.0), 0.0), p)
         size = torch.where(moving, new, 0.0)
-    return x
+    return x * unit
 
 
 def chebyshev(product: Product, q: Tensor, low: Tensor, high: Tensor, iterations: int, early: bool) -> Tensor:
