@@ -185,6 +185,23 @@ class TestClock:
         assert (states.leaves(model.run(other)[1].stack)[0] - states.leaves(after.stack)[0]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("unit", ["rglru", "mamba1", "hgrn", "mingru", "mlgru", "s4d", "s5", "lif"])
+def test_a_token_that_only_reads_is_not_the_first_of_a_document(design, unit):
+    memory = {"kind": "vector", "parameterisation": unit}
+    if unit in ("rglru", "mamba1"):
+        memory["local"] = "none"
+    mixer = model_of(design({"m": memory}, ["m"])).stack.layers[0].sublayers[0].mixer
+    x, gate = random(2, 9, 16), torch.ones(2, 9, dtype=torch.float64)
+    boundary = torch.zeros(2, 9, dtype=torch.int8)
+    gate[:, :2] = gate[1, 5] = 0
+    boundary[1, 5] = DOCUMENT
+    with torch.no_grad():
+        y = mixer(x, None, Context(tick=gate, write=gate, boundary=boundary)).y
+        assert torch.allclose(y[0, 2:], mixer(x[:1, 2:]).y[0], atol=1e-12)
+        assert torch.allclose(y[1, 2:5], mixer(x[1:, 2:5]).y[0], atol=1e-12)
+        assert torch.allclose(y[1, 6:], mixer(x[1:, 6:]).y[0], atol=1e-12)
+
+
 class TestBoundaryLevels:
     LEVELS = ("segment", "document", "stream")
 

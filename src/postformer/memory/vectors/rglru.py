@@ -33,6 +33,14 @@ def bounded_sqrt(x: Tensor) -> Tensor:
     return slope + (x.sqrt() - slope).detach()
 
 
+def written(ctx: Context) -> Context:
+    """The context in which tokens that only read do not exist: none of them is the first to enter."""
+    if ctx.tick is None or ctx.write is None:
+        return ctx
+    taking = (ctx.tick > 0) | (ctx.write > 0)
+    return ctx.replace(valid=taking if ctx.valid is None else taking & ctx.valid)
+
+
 @unit("rglru")
 class RgLru(Unit):
     uses = frozenset({"dim_inner", "blocks", "bias", "local"})
@@ -77,7 +85,7 @@ class RgLru(Unit):
             u, local = self.conv(u, local, ctx, self.design.forget_at)
         log_a = -8 * fp32(self._gate(u, "recurrence")) * F.softplus(fp32(self.decay))
         scale = bounded_sqrt(-torch.expm1(2 * log_a))
-        age, seen = positions(seen, x.shape[1], ctx, self.design.forget_at)
+        age, seen = positions(seen, x.shape[1], written(ctx), self.design.forget_at)
         scale = torch.where((age == 0)[..., None], 1.0, scale)
         h = gated_scan(log_a, fp32(u * self._gate(u, "input")) * scale, memory, ctx, self.design.forget_at)
         return self.out(h.to(x.dtype) * branch), (h[:, -1], local, seen)
