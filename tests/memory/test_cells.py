@@ -125,6 +125,17 @@ def test_a_write_gate_moves_the_state_part_of_the_way(mixer_of, name):
         assert torch.equal(now[1], old[1])
 
 
+@pytest.mark.parametrize("name", ["lstm", "gru", "slstm"])
+def test_gradients_through_write_gates_are_derivatives(mixer_of, name):
+    mixer, x = mixer_of(kind="cell", parameterisation=name), random(2, 6, 16)
+    write = torch.rand(2, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def total(x, write):
+        return mixer(x, None, Context(write=write)).y.square().sum()
+
+    assert torch.autograd.gradcheck(total, (x.requires_grad_(), write.requires_grad_()), fast_mode=True)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_states_are_at_least_fp32_in_a_model_of_bf16(mixer_of, name):
     mixer = mixer_of(kind="cell", parameterisation=name).bfloat16()

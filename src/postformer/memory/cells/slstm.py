@@ -5,7 +5,8 @@
     c_t = f' c_{t-1} + i' tanh(z);  n_t = f' n_{t-1} + i';  h_t = sigma(o) c_t / n_t
 
 The first token of a document has m_t = i (n = 0 says that there was none), so that n >= 1 ever after; h does not depend
-on m, which carries no gradient. Weights are parameters, not linear maps: ternary and low-rank maps do not reach them.
+on m, which carries no gradient, but where a write gate leaves a state between two. Weights are parameters, not linear
+maps: ternary and low-rank maps do not reach them.
 """
 
 from __future__ import annotations
@@ -71,13 +72,15 @@ class SLstm(Unit):
                  for u, w in ((seen, self.gate_weight), (x, self.value_weight))]
         drive, scale = fp32(torch.cat(parts, -1)) + fp32(self.bias), current().decay_scale
         drive, add = by_head(drive, self.recurrent_weight, once)
+        # A state between the old and the new one has an m between theirs, and there h depends on it.
+        partly = ctx.write is not None
 
         def step(drive: Tensor, state: State) -> tuple[Tensor, State]:
             h, c, n, m = state
             i, f, z, o = add(drive, h).chunk(4, -1)
             log_f = F.logsigmoid(f) * scale
             kept = log_f + torch.where(n == 0, NEVER, m)
-            m = torch.maximum(kept.detach(), i.detach())
+            m = torch.maximum(kept, i) if partly else torch.maximum(kept.detach(), i.detach())
             keep, gain = torch.exp(kept - m), torch.exp(i - m)
             c = torch.addcmul(keep * c, gain, torch.tanh(z))
             n = torch.addcmul(gain, keep, n)
