@@ -161,8 +161,10 @@ def table() -> None:
 
 TEXT = """# Ternary weights
 
-`model.linear: {{projection: ternary}}` makes every linear map of a design ternary (BitNet b1.58, 2402.17764): weights
-of -1, 0 and 1 times one scale, activations of 8 bits with one scale per token, trained straight through the rounding.
+`model.linear: {{projection: ternary}}` makes the maps of queries, keys, values, outputs and feed-forwards ternary
+(BitNet b1.58, 2402.17764): weights of -1, 0 and 1 times one scale, activations of 8 bits with one scale per token,
+trained straight through the rounding. Maps of gates and of experts have roles of their own, `gate` and `expert`, and
+stay dense unless named; embedding, head and norms always do.
 No parameter is added, and names stay, so that full-precision weights start a ternary run:
 
 ```

@@ -53,6 +53,8 @@ def test_explain(cli):
     assert small["params"] < done.json["params"] / 10
     attention = cli("explain", "transformer", "--json").json["state_bytes"]
     assert attention["8192"] > 60 * attention["128"]
+    assert "linear maps" not in done.out
+    assert "linear maps: projection ternary; gate ternary" in cli("explain", "matmul-free").out
 
 
 def test_verify_passes_and_fails_with_its_own_code(cli, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from postformer.design import DesignError, load
-from postformer.design.linear import Lora, Ternary
+from postformer.design.linear import Linears, Lora, Ternary
 from postformer.design.schema import recipe_schema
 from postformer.model import build
 
@@ -89,3 +89,9 @@ def test_a_role_that_does_not_exist():
 def test_editors_know_the_short_forms():
     role = recipe_schema(["attention"])["$defs"]["Linears"]["properties"]["projection"]
     assert {"enum": ["dense", "lora", "ternary"]} in role["anyOf"]
+
+
+def test_maps_that_are_not_dense_are_told_in_words():
+    assert Linears().in_words == ""
+    made = Linears.model_validate({"projection": "ternary", "gate": {"kind": "lora", "rank": 4}})
+    assert made.in_words == "projection ternary; gate lora (rank 4)"

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from postformer.design.base import Design, Scales, nearest
+from postformer.design.base import Design, Scales, Short, nearest
 from postformer.design.cost import Cost
 from postformer.design.cost import linear as dense_cost
 
@@ -84,7 +84,7 @@ def _linear(value: Any) -> Any:
     return KINDS[value["kind"]].model_validate(value)
 
 
-AnyLinear = Annotated[Linear, BeforeValidator(_linear)]
+AnyLinear = Annotated[Linear, Short(_linear, {"enum": sorted(KINDS)})]
 
 
 class Linears(Design):
@@ -110,6 +110,18 @@ class Linears(Design):
         if role not in Linears.model_fields:
             raise ValueError(f"no linear map has the role '{role}'.{nearest(role, Linears.model_fields)}")
         return getattr(self, role)
+
+    @property
+    def in_words(self) -> str:
+        """By role, the maps that are not dense and what they do not leave at its default; empty where all are dense."""
+        found = []
+        for role in Linears.model_fields:
+            design = self.of(role)
+            if design.kind != "dense":
+                said = design.model_dump(exclude_defaults=True)
+                more = ", ".join(f"{name} {value}" for name, value in said.items() if name != "kind")
+                found.append(f"{role} {design.kind}" + (f" ({more})" if more else ""))
+        return "; ".join(found)
 
     @property
     def smooth(self) -> bool:

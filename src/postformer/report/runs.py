@@ -144,10 +144,10 @@ def _score_sections(runs: Sequence[RunFiles], swatches: dict[str, str]) -> list[
 
 def _choices(run: RunFiles, drawn: str) -> dict[str, Any]:
     """The four choices of the run's memories, as their kinds state them; empty where the recipe cannot be read."""
-    paper, found, summary = run.recipe.get("paper"), [], ""
+    paper, found, summary, maps = run.recipe.get("paper"), [], "", ""
     try:
         recipe = load(run.recipe)
-        summary = recipe.summary
+        summary, maps = recipe.summary, recipe.model.linear.in_words
         mixers = [m for d in recipe.model.mixers.values() for m in (d, *(m for _, m in registry.inside(d, "")))]
         found = [c for m in mixers if (c := registry.resolve(m.kind).choices(m))]
     except DesignError:
@@ -165,6 +165,7 @@ def _choices(run: RunFiles, drawn: str) -> dict[str, Any]:
         "inner_loss": each("loss"),
         "retention": each("retention"),
         "update": each("update"),
+        "linear": maps,
         "paper": paper if isinstance(paper, list) else str(paper) if paper else None,
     }
 

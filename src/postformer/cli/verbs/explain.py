@@ -35,6 +35,7 @@ def explain(
         "params": cost and cost.params, "memories": {}, "stack": list(model.stack),
         "flops_per_token": cost and {c: cost.flops(1, c - 1) for c in CONTEXTS},
         "state_bytes": cost and {c: cost.state_bytes(c) for c in CONTEXTS},
+        "linear": model.linear.in_words,
     }
     print(f"{made.name} - {made.summary}" if made.summary else made.name)
     if made.paper:
@@ -55,6 +56,8 @@ def explain(
     for name, block in model.shared.items():
         copies = "" if block.copies == 1 else f", {block.copies} copies"
         print(f"  shared block {name}{copies}:  {_sequence(model, block.layer)}")
+    if maps := model.linear.in_words:
+        print(f"  linear maps: {maps}")
     if cost is None:
         print(f"\ncost: not declared by {undeclared.replace(' declares no cost', '')}")
     else:
