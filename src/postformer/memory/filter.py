@@ -193,7 +193,7 @@ class Filter(Matrix):
                 f"its minimum, by {solver.iterations} steps of {word} at every read",
                 f"H_t = {keep('H')} + {rate}k_t k_t^T;  S_t = {keep('S')} + {rate}k_t v_t^T;  "
                 f"x_t = (H_t + {ridge})^-1 q_t;  o_t = S_t^T {read}")
-        held = {"full": "covariance", "isotropic": "one variance", "diagonal": "diagonal precision",
+        held = {"full": "covariance", "isotropic": "variance, one per head", "diagonal": "diagonal precision",
                 "mean-field": "diagonal precision, key channels apart"}[design.covariance]
         change = {"none": "P_{t-1}", "stationary": "a_t^2 P_{t-1} + (1 - a_t^2) p_0",
                   "fading": "c_t P_{t-1} + (1 - c_t) p_0"}[design.process]
@@ -204,7 +204,9 @@ class Filter(Matrix):
             rule = (f"p- = {change};  1 / p_t = 1 / p- + k_t^2 / r_t;  "
                     f"S_t = Diag(p_t / p-) {keep('S')} + (p_t k_t / r_t) v_t^T")
         else:
-            rule = (f"P- = {change};  K_t = P- k_t / (k_t^T P- k_t + r_t);  S- = {keep('S')};  "
+            after = {"full": "P_t = P- - K_t k_t^T P-", "diagonal": "1 / P_t = 1 / P- + k_t^2 / r_t",
+                     "isotropic": "1 / P_t = 1 / P- + |k_t|^2 / (d r_t)"}[design.covariance]
+            rule = (f"P- = {change};  K_t = P- k_t / (k_t^T P- k_t + r_t);  {after};  S- = {keep('S')};  "
                     "S_t = S- + K_t (v_t - S-^T k_t)^T")
         return Choices(f"matrix and its {held}", "l2 over noise", words, "natural gradient: the Kalman gain",
                        f"{rule};  o_t = S_t^T q_t")
