@@ -42,6 +42,7 @@ def test_list(cli):
     assert done.code == 0
     assert len(done.json["recipes"]) >= 19
     assert "matrix" in done.json["kinds"]
+    assert "parity" in done.json["tasks"]
 
 
 def test_explain(cli):

@@ -7,18 +7,18 @@ from postformer.cli.console import Json, finish
 
 def list_(json: Json = False) -> None:
     """Show the recipes that ship with postformer, and the kinds and tasks known here."""
-    from importlib.metadata import entry_points
     from importlib.resources import files
 
     import yaml
 
     from postformer.design import kinds, names
+    from postformer.task import names
 
     recipes = {}
     for name in names():
         raw = yaml.safe_load(files("postformer").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8"))
         recipes[name] = {"paper": raw.get("paper"), "summary": raw.get("summary", "")}
-    tasks = sorted({e.name for e in entry_points(group="postformer.tasks")})
+    tasks = names()
     width = max(map(len, recipes))
     print("recipes")
     for name, about in recipes.items():
