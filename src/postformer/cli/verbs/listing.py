@@ -12,13 +12,13 @@ def list_(json: Json = False) -> None:
     import yaml
 
     from postformer.design import kinds, names
-    from postformer.task import names
+    from postformer.task import names as task_names
 
     recipes = {}
     for name in names():
         raw = yaml.safe_load(files("postformer").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8"))
         recipes[name] = {"paper": raw.get("paper"), "summary": raw.get("summary", "")}
-    tasks = names()
+    tasks = task_names()
     width = max(map(len, recipes))
     print("recipes")
     for name, about in recipes.items():
