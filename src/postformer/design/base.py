@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
 
 
 class Scales:
@@ -19,9 +20,22 @@ class Scales:
         self.multiple = multiple
 
 
-def word(field: str) -> BeforeValidator:
+class Short:
+    """Annotation of a field that has a short form: `read` turns it into the long one, `form` is its JSON Schema."""
+
+    def __init__(self, read: Callable[[Any], Any], form: Mapping[str, Any] | None = None) -> None:
+        self.read, self.form = read, {"type": "string"} if form is None else dict(form)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self.read, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [handler(schema), self.form]}
+
+
+def word(field: str) -> Short:
     """A word may stand for the whole piece: `Annotated[Norm, word("kind")]` reads "rms" as {"kind": "rms"}."""
-    return BeforeValidator(lambda value: {field: value} if isinstance(value, str) else value)
+    return Short(lambda value: {field: value} if isinstance(value, str) else value)
 
 
 class Design(BaseModel):

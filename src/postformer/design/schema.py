@@ -9,7 +9,6 @@ from typing import Any
 
 from postformer.design import registry
 from postformer.design.grammar import Recipe
-from postformer.design.linear import KINDS
 
 TEMPLATE = "#/$defs/{model}"
 
@@ -44,12 +43,7 @@ def _linked(node: Any) -> Any:
 
 
 def _short_forms(defs: dict[str, Any]) -> None:
-    """What `loading.desugar` and the validators also accept."""
-    for name in ("Norm", "Local", "Read", "Update", "Retention"):
-        if name in defs:
-            defs[name] = {"anyOf": [defs[name], {"type": "string"}]}
-    for role in defs["Linears"]["properties"].values():
-        role["anyOf"].append({"enum": sorted(KINDS)})
+    """What `loading.desugar` also accepts."""
     model = defs["Model"]
     layer = {"type": "array", "items": {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Sublayer"}]}}
     entry = {"anyOf": [
@@ -69,9 +63,6 @@ def _short_forms(defs: dict[str, Any]) -> None:
         "num_layers": {"type": "integer", "minimum": 1},
     }
     model["required"] = ["width"]
-    matrix = defs.get("MatrixDesign", {}).get("properties", {})
-    if "features" in matrix:
-        matrix["features"] = {"anyOf": [matrix["features"], {"type": "string"}]}
 
 
 if __name__ == "__main__":  # writes the schema that ships

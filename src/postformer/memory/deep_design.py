@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from postformer.design.base import Design, word
+from postformer.design.base import Design, Short, word
 from postformer.layers.activation import Activation
 from postformer.memory.shared_design import Convolved, Local, MatrixHeads, Read, Ungrouped, several
 
@@ -95,14 +95,17 @@ class Rate(Design):
     """chunk: a chunk of equal tokens then takes one step of at most max"""
 
 
+def _rate(value: Any) -> Any:
+    return {"max": value, "over": "none"} if isinstance(value, (int, float)) else value
+
+
 class DeepUpdate(Design):
     """The inner optimiser. Chunk and window are part of the model: they say at which weights gradients are taken."""
 
     kind: Literal["gradient", "momentum", "muon"] = "gradient"
     """momentum: Z = eta Z - theta grad, eta in (0, 1) per head, chosen by the input. muon: the step is Z made
     orthogonal, at chunk ends (Newton-Schulz)"""
-    rate: Annotated[Rate, BeforeValidator(lambda v: {"max": v, "over": "none"} if isinstance(v, (int, float)) else v)] \
-        = Rate()
+    rate: Annotated[Rate, Short(_rate, {"type": "number"})] = Rate()
     chunk: int = Field(default=16, ge=1, le=4096)
     """Tokens whose gradients are taken at the same weights"""
     window: int = Field(default=1, ge=1, le=4096)
@@ -127,7 +130,7 @@ class DeepDesign(Design):
     kind: Literal["deep"] = "deep"
     net: Annotated[InnerNet, word("kind")] = InnerNet()
     loss: Annotated[InnerLoss, word("name")] = InnerLoss()
-    retention: Annotated[DeepRetention, BeforeValidator(_retention)] = DeepRetention()
+    retention: Annotated[DeepRetention, Short(_retention)] = DeepRetention()
     update: Annotated[DeepUpdate, word("kind")] = DeepUpdate()
     heads: MatrixHeads = MatrixHeads()
     features: Annotated[tuple[Feature, ...], several] = ("l2norm",)

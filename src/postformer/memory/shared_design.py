@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, Field
 
-from postformer.design.base import Design
+from postformer.design.base import Design, Short
 
 
 class MatrixHeads(Design):
@@ -92,14 +92,14 @@ def _ungrouped(value: Read) -> Read:
     return value
 
 
-AnyLocal = Annotated[Local, BeforeValidator(_local)]
+AnyLocal = Annotated[Local, Short(_local)]
 """Also as a word: none, shift, conv or conv4"""
 Convolved = Annotated[AnyLocal, AfterValidator(_convolved)]
 """Without shift"""
-AnyRead = Annotated[Read, BeforeValidator(_read)]
+AnyRead = Annotated[Read, Short(_read)]
 """Also as a word: none, norm, gated-norm, ..."""
 Ungrouped = Annotated[AnyRead, AfterValidator(_ungrouped)]
 """Of memories whose heads have keys of their own"""
 
-several = BeforeValidator(lambda value: () if value == "none" else (value,) if isinstance(value, str) else value)
+several = Short(lambda value: () if value == "none" else (value,) if isinstance(value, str) else value)
 """One word for a tuple of one; none for an empty one"""
