@@ -145,6 +145,27 @@ def test_scores_are_fp32_under_autocast():
     assert (out.y.float() - m(x).y).abs().max() < 0.05 * m(x).y.abs().max()
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("design", [{}, {"balance": "loss", "shared": 0}, {"shared_gate": True, "router_bias": True}])
+def test_a_model_of_bf16_stays_of_bf16(design, backend):
+    m = experts(**design).bfloat16()
+    with use(backend=backend):
+        out = m(X.bfloat16(), None, Context(valid=torch.rand(2, 7) > 0.3))
+    assert out.y.dtype == torch.bfloat16
+    (out.y.float().square().sum() + sum(out.losses.values())).backward()
+    assert all(torch.isfinite(p.grad).all() for p in m.parameters() if p.grad is not None)
+
+
+def test_the_balance_loss_of_a_token_that_no_expert_wants_is_finite():
+    m = experts(balance="loss", router_bias=True).float()
+    with torch.no_grad():
+        m.router.bias.fill_(-200)
+    loss = m(X.float()).losses["router"]
+    loss.backward()
+    assert loss == 0
+    assert torch.isfinite(m.router.weight.grad).all()
+
+
 @pytest.mark.parametrize(("design", "text"), [
     ({"top": 9}, "top is 9 of 8 experts; give top at most"),
     ({"top": 1}, "set normalise: false"),

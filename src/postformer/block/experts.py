@@ -117,7 +117,7 @@ class Experts(Mixer):
         if there is not None:
             y = y.new_zeros(len(tokens), y.shape[1]).index_copy(0, there, y)
         losses = {"router": self._balance_loss(scores, load)} if self.design.balance == "loss" else EMPTY
-        return Out(y.unflatten(0, x.shape[:2]), losses=losses, measured={"load": load})
+        return Out(y.to(x.dtype).unflatten(0, x.shape[:2]), losses=losses, measured={"load": load})
 
     def scores(self, u: Tensor) -> Tensor:
         """u [N, D] -> [N, experts] in fp32 or better, whatever autocast says: near ties decide."""
@@ -164,7 +164,7 @@ class Experts(Mixer):
 
     def _balance_loss(self, scores: Tensor, load: Tensor) -> Tensor:
         share = load / load.sum().clamp_min(1)
-        wanted = (scores / scores.sum(-1, keepdim=True)).sum(0) / max(len(scores), 1)
+        wanted = (scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)).sum(0) / max(len(scores), 1)
         return self.design.strength * self.design.experts * (share * wanted).sum()
 
     def after_step(self, measured: Mapping[str, Tensor]) -> None:
