@@ -149,8 +149,8 @@ def table() -> None:
         f"## After {LONG:,} bytes, 16 x 256 at a time", "", "The recipes that were trained longer.", "",
         *trained(found, LONG), "",
     ]
-    if notes:
-        lines += [*(f"- {name}: {note}" for name, note in notes.items() if name in names())]
+    longer = [name for name in names() if str(LONG) in found.get(name, {})]
+    lines += [f"- {name}: {notes[name]}" for name in longer if name in notes]
     PAGE.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     print(PAGE)
 
