@@ -16,7 +16,7 @@ PACKAGES = {"leaky": "leaky", "coupled": "coupled", "log-cosh": "deep"}
 def installed(tmp_path_factory):
     """(environment that finds the packages, an empty directory)"""
     folder = tmp_path_factory.mktemp("packages")
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--upgrade"]
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade"]
     for name in PACKAGES:
         done = subprocess.run([*pip, "--target", folder / name, EXAMPLES / name], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -130,7 +130,7 @@ def test_the_script_and_the_commands(tmp_path):
         .replace("leaky", "fading") + blocks(BEFORE, "toml")[0]
         + '\n[tool.hatch.build.targets.wheel]\nonly-include = ["fading.py"]\n')
     (tmp_path / "fading.yaml").write_text(blocks(BEFORE, "yaml")[0])
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps"]
     done = subprocess.run([*pip, "--target", tmp_path / "site", tmp_path / "package"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "POSTFORMER_CACHE": str(tmp_path / "cache"),
