@@ -20,8 +20,8 @@ NETS = {"linear": Mlp(D, D, 1, 0, "none", True), "mlp": Mlp(D, D, 2, 5, "gelu", 
         "convolution": Convolution(D, 2, 3, 3, "gelu-tanh", True)}
 
 
-def unit_norm(a):
-    return a / (1 + a.square().sum((-2, -1), keepdim=True)).sqrt()
+def unit_norm(running):
+    return tuple(a / (1 + a.square().sum((-2, -1), keepdim=True)).sqrt() for a in running)
 
 
 RULES = {

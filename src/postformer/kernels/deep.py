@@ -70,8 +70,8 @@ class Rule(NamedTuple):
     """token: a token reads the weights as they are after it; chunk: as they were when the last chunk was complete"""
     orthogonal: bool = False
     """The step is the momentum made orthogonal (Muon), at chunk ends"""
-    mirror: Callable[[Tensor], Tensor] | None = None
-    """running -> weights [B, H, d_in, d_out], at chunk ends"""
+    mirror: Callable[[Weights], Weights] | None = None
+    """running -> weights, at chunk ends"""
     clip: float | None = None
     """Gradients of norm n are scaled by 1 / sqrt(1 + (n / clip)^2), token by token"""
 
@@ -105,13 +105,13 @@ def start(running: Weights, rule: Rule, *, momentum: bool, dims: tuple[int, int]
         first.new_zeros(B, H, n, dims[0]), first.new_zeros(B, H, n, dims[1]), first.new_zeros(B, H, n),
         first.new_ones(B, H, n, extra) if extra else None)
     return DeepState(
-        tuple(weights_of(w, rule) for w in running), running,
+        weights_of(running, rule), running,
         tuple(torch.zeros_like(w) for w in running) if momentum else None,
         first.new_zeros(B, H) if rule.orthogonal else None,
         window, torch.zeros(B, dtype=torch.long, device=first.device))
 
 
-def weights_of(running: Tensor, rule: Rule) -> Tensor:
+def weights_of(running: Weights, rule: Rule) -> Weights:
     return running if rule.mirror is None else rule.mirror(running)
 
 
@@ -135,8 +135,7 @@ def settled(state: DeepState, rule: Rule) -> DeepState:
         far = step[..., None, None]
         running = tuple(a + far * orthogonal(z) for a, z in zip(running, state.momentum))
         step = torch.zeros_like(step)
-    frozen = tuple(weights_of(a, rule) for a in running)
-    return state._replace(frozen=frozen, running=running, step=step)
+    return state._replace(frozen=weights_of(running, rule), running=running, step=step)
 
 
 def choose_rows(rows: Tensor, new: Any, old: Any) -> Any:

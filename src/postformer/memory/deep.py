@@ -10,6 +10,7 @@ user's losses are differentiated by torch.func.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from postformer.contract.state import State
 from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.design.registry import register
-from postformer.kernels.deep import DeepState, Rule, deep, start
+from postformer.kernels.deep import DeepState, Rule, Weights, deep, start
 from postformer.layers.local import ShortConvolution
 from postformer.layers.norm import l2norm
 from postformer.memory.deep_design import DeepDesign
@@ -53,10 +54,27 @@ def simplex(a: Tensor, scale: float) -> Tensor:
     return scale * a.shape[-1] * a.flatten(-2).softmax(-1).view_as(a)
 
 
+def mirror_of(design: DeepDesign) -> Callable[[Weights], Weights] | None:
+    r = design.retention
+    if r.mirror == "none":
+        return None
+    if r.mirror == "lq":
+        return lambda running: tuple(lq(a, r.q or 4.0) for a in running)
+    # The layer norm of the prediction takes out its mean over channels. Entries of a softmax over thousands are nearly
+    # equal, so that mean is most of the prediction, and with it would go most of float32's digits: take it out of the
+    # weights, where nothing has been rounded yet.
+    centred = design.net.residual == "norm" and design.net.kind != "convolution"
+
+    def on_simplex(running: Weights) -> Weights:
+        *before, last = (simplex(a, r.scale or 1.0) for a in running)
+        return *before, last - last.mean(-1, keepdim=True) if centred else last
+
+    return on_simplex
+
+
 def rule_of(design: DeepDesign) -> Rule:
-    r, u = design.retention, design.update
-    mirror = {"none": None, "lq": lambda a: lq(a, r.q or 4.0), "kl": lambda a: simplex(a, r.scale or 1.0)}[r.mirror]
-    return Rule(u.chunk, u.window, design.visible, u.kind == "muon", mirror, u.clip)  # type: ignore[arg-type]
+    u = design.update
+    return Rule(u.chunk, u.window, design.visible, u.kind == "muon", mirror_of(design), u.clip)  # type: ignore[arg-type]
 
 
 def net_of(design: DeepDesign, d_in: int, d_out: int) -> Net:
