@@ -323,3 +323,16 @@ def test_a_training_that_is_stopped_says_so_once(tmp_path, corpus, monkeypatch, 
         train_language(recipe(), corpus, config(), tmp_path / "run", progress="plain")
     assert "stopped by hand" not in capsys.readouterr().err  # the error says it; the log keeps it
     assert "stopped by hand" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_a_run_ends_when_its_task_is_solved(tmp_path):
+    """`until` asks every evaluation setting, and a solved run is done: resuming returns what it has."""
+    options = {"vocab": 8, "train": [[8, 1]], "evaluate": [[8, 1], [12, 2]]}
+    solved = train_task(recipe(vocab=8), "mqar", None, config(steps=20, evaluate_every=5, until=0.0),
+                        tmp_path / "a", options=options, progress="quiet")
+    assert (solved.status, solved.reason, solved.step) == ("finished", "solved", 5)
+    assert solved.validation["reached"] == min(solved.validation[f"{s}/token_accuracy"] for s in ("8x1", "12x2"))
+    assert resume(tmp_path / "a") == solved
+    never = train_task(recipe(vocab=8), "mqar", None, config(steps=10, evaluate_every=5, until=1.1),
+                       tmp_path / "b", options=options, progress="quiet")
+    assert (never.reason, never.step) == (None, 10)

@@ -11,9 +11,11 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 IGNORE = -100
 """Target of a position that is not scored; what `torch.nn.functional.cross_entropy` ignores by default."""
@@ -72,6 +74,14 @@ class Task(ABC):
     vocab: int
     """Number of token ids; tokens and targets are both in 0..vocab-1."""
     difficulties: Difficulties
+    metric: str = "token_accuracy"
+    """The figure of `measure` that reports show and learning rates are chosen by."""
+    better: Literal["higher", "lower"] = "higher"
+    """Which way `metric` is good."""
+    answers: tuple[int, int] | None = None
+    """The token ids that can be an answer, from the first to below the second; None: all."""
+    unit: str = "length"
+    """What the setting's last number counts, for the axis of a figure."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -79,14 +89,31 @@ class Task(ABC):
 
     @abstractmethod
     def chance(self, setting: Setting) -> float:
-        """Expected token accuracy of an answer drawn uniformly from the task's possible answers."""
+        """Expected `metric` of `guess`."""
 
     def shortcut(self, setting: Setting) -> float:
-        """Token accuracy of the best known answer that avoids what the task is about; at least `chance`.
+        """`metric` of the best known answer that avoids what the task is about; at least `chance`.
 
         A model at this score has learned the task's surface. Print it beside chance.
         """
         return self.chance(setting)
+
+    def guess(self, batch: TaskBatch, generator: torch.Generator) -> Tensor:
+        """[B, T] token ids drawn uniformly from `answers`: who answers so, scores `chance`."""
+        low, high = self.answers or (0, self.vocab)
+        return torch.randint(low, high, batch.tokens.shape, generator=generator, device=generator.device)
+
+    def on(self, split: str) -> Task:
+        """The task whose problems come from that split ("train", "validation" or "test").
+
+        Generated tasks are told apart by the generator's seed and return themselves; only what draws from a fixed
+        stock of data needs this.
+        """
+        return self
+
+    def around(self, model: nn.Module) -> nn.Module:
+        """The model as this task trains it; itself, but where the task needs a reading of its own."""
+        return model
 
     @abstractmethod
     def generate(self, setting: Setting, batch_size: int, generator: torch.Generator) -> TaskBatch:
@@ -146,6 +173,18 @@ class Task(ABC):
             "exact_match": (right | ~scored).all(1).double().mean().item(),
             "last_accuracy": right.gather(1, last).double().mean().item(),
         }
+
+
+    def measure(self, logits: Tensor, batch: TaskBatch) -> dict[str, float]:
+        """What is known of a model's answers: logits [N, vocab] at the scored positions, row by row.
+
+        Returns:
+            What `score` says of the most likely tokens, and `loss`, nats per scored token; `metric` is among them.
+        """
+        targets = batch.targets[batch.scored]
+        prediction = torch.full_like(batch.targets, IGNORE)
+        prediction[batch.scored] = logits.argmax(-1)
+        return self.score(prediction, batch) | {"loss": float(F.cross_entropy(logits.float(), targets))}
 
 
 def seeded(*keys: int | str, device: torch.device | str = "cpu") -> torch.Generator:

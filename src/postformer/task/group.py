@@ -126,6 +126,7 @@ class GroupWord(Task):
         self.group = Group(group)
         self.name = "parity" if group == "Z2" else f"group-{group.lower()}"
         self.vocab = len(self.group)
+        self.metric = "last_accuracy" if group == "Z2" else "token_accuracy"
         lengths = mixture(train, 1)
         if not lengths:
             raise TaskError(f"task {self.name}: no training length; give one, for instance train=16")
@@ -153,6 +154,8 @@ class GroupWord(Task):
     def shortcut(self, setting: Setting) -> float:
         """Repeating the token is right at the first position and by chance elsewhere."""
         self.check(setting)
+        if self.metric == "last_accuracy" and setting != 1:
+            return self.chance(setting)
         return (1 + (setting - 1) / self.vocab) / setting  # type: ignore[operator]
 
     def check(self, setting: Setting) -> None:

@@ -40,6 +40,7 @@ class MQAR(Task):
     """
 
     name = "mqar"
+    unit = "pairs"
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class MQAR(Task):
         if not power > 0:
             raise TaskError(f"task {self.name}: power is {power!r}; give a positive number, 0.01 as published")
         self.vocab, self.power, self.random_non_queries = vocab, power, random_non_queries
+        self.answers = (vocab // 2, vocab)
         trained = mixture(train, 2)
         if not trained:
             raise TaskError(f"task {self.name}: no training setting; give one, for instance train=(64, 8)")

@@ -85,6 +85,9 @@ class TrainConfig(Config):
     time_limit: float | None = Field(default=None, gt=0)
     """Seconds after which a session stops, evaluates and saves. The schedule does not know of it: for a run that should
     take a given time, choose `steps` by `plan`."""
+    until: float | None = None
+    """Of a task: stop at the first evaluation (`evaluate_every`) whose metric is as good as this at every setting;
+    negative where less is better. None: run all steps."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     start: str | None = None
     """Initial weights: a run directory (its newest checkpoint) or a weights file. What has the same name is taken, also

@@ -41,23 +41,20 @@ def evaluate_task(
     model: nn.Module, task: Task, settings: Sequence[Setting], *, batch_size: int, batches: int, seed: int = 0,
     stream: str = "validation",
 ) -> dict[str, dict[str, float]]:
-    """-> for each setting's name, the means of what `task.score` returns and "loss", nats per scored token.
+    """-> for each setting's name, the means of what `task.measure` returns.
 
     Batch i of a setting depends on (seed, stream, setting, i): other streams ("test") are other problems.
     """
-    device, found = next(model.parameters()).device, {}
+    device, found, problems = next(model.parameters()).device, {}, task.on(stream)
     training = model.training
     model.eval()
     with torch.no_grad():
         for setting in settings:
             sums: dict[str, float] = {}
             for i in range(batches):
-                batch = task.batch(setting, batch_size, seeded(seed, stream, setting_name(setting), i)).to(device)
-                logits = model(batch.tokens).logits
-                scores = task.score(logits.argmax(-1), batch)
-                scored = batch.scored
-                scores["loss"] = float(nn.functional.cross_entropy(logits[scored].float(), batch.targets[scored]))
-                for name, value in scores.items():
+                batch = problems.batch(setting, batch_size, seeded(seed, stream, setting_name(setting), i)).to(device)
+                logits = model(batch.tokens, select=batch.scored).logits
+                for name, value in task.measure(logits, batch).items():
                     sums[name] = sums.get(name, 0.0) + value / batches
             found[setting_name(setting)] = sums
     model.train(training)

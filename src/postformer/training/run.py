@@ -48,6 +48,8 @@ class Source:
     context: int
     """Tokens of one sequence, for the cost figures."""
     bytes_per_token: int | None = None
+    around: Callable[[nn.Module], nn.Module] = lambda model: model
+    """See `Task.around`"""
 
 
 def train_language(
@@ -87,7 +89,7 @@ def resume(directory: str | Path, *, corpus: Corpus | None = None, task: Task | 
     directory = Path(directory)
     run = record.read_run(directory)
     done = record.read_result(directory)
-    if done is not None and done.status == "finished" and done.step >= done.steps:
+    if done is not None and done.status == "finished" and (done.step >= done.steps or done.reason == "solved"):
         return done
     recipe = record.read_recipe(directory, run["recipe_id"])
     config, data = TrainConfig.model_validate(run["config"] | {"time_limit": time_limit}), run["data"]
@@ -151,25 +153,30 @@ def task_source(task: str | Task, settings: Setting | Sequence[Setting] | None, 
         chosen = [tuple(s) if isinstance(s, list) else s for s in settings]  # type: ignore[union-attr]
     for setting in chosen:
         made.check(setting)
+    stock = made.on("train")
 
     def batch_at(step: int) -> Batch:
         generator = seeded(config.seed, "train", step)
         setting = chosen[int(torch.randint(len(chosen), (), generator=generator))]
-        batch = made.batch(setting, config.batch_size, generator)
+        batch = stock.batch(setting, config.batch_size, generator)
         return Batch(batch.tokens, batch.targets)
 
     def evaluate(model: nn.Module, final: bool) -> dict[str, float]:
-        wanted = made.difficulties.evaluate if final else made.difficulties.inside or made.difficulties.evaluate
+        every = final or config.until is not None
+        wanted = made.difficulties.evaluate if every else made.difficulties.inside or made.difficulties.evaluate
         batches = max(1, config.evaluate_batches // len(wanted)) * (FINAL if final else 1)
         found = evaluate_task(model, made, wanted, batch_size=config.batch_size, batches=batches)
         inside = [found[setting_name(s)] for s in made.difficulties.inside or wanted]
         means = {name: sum(f[name] for f in inside) / len(inside) for name in inside[0]}
-        return means | {f"{s}/{name}": value for s, scores in found.items() for name, value in scores.items()}
+        worst = {"higher": min, "lower": max}[made.better](scores[made.metric] for scores in found.values())
+        each = {f"{s}/{name}": value for s, scores in found.items() for name, value in scores.items()}
+        reached = worst if made.better == "higher" else -worst
+        return means | each | ({"reached": reached} if every else {})
 
     data = {"kind": "task", "name": task if named else made.name, "named": named, "options": options or {},
             "settings": [list(s) if isinstance(s, tuple) else s for s in chosen]}
     context = max(s if isinstance(s, int) else s[0] for s in chosen)
-    return Source(data, batch_at, evaluate, made.vocab, context)
+    return Source(data, batch_at, evaluate, made.vocab, context, around=made.around)
 
 
 def build_model(recipe: Recipe, seed: int) -> nn.Module:
@@ -238,7 +245,7 @@ def _run(recipe: Recipe, source: Source, config: TrainConfig, directory: Path, p
         if not fresh:
             old = TrainConfig.model_validate(run["config"])
             config = config.model_copy(update={"threads": old.threads})
-        model = started or initial_model(recipe, config)
+        model = source.around(started or initial_model(recipe, config)).to(device)
         trainer = Trainer(
             model, NextToken(), source.batch_at, config, directory=directory, evaluate=source.evaluate,
             bytes_per_token=source.bytes_per_token, progress=progress, identity=record.identity(run),

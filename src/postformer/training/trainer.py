@@ -59,7 +59,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a session ended: `stopped` is "finished" or "time limit"."""
+    """How a session ended: `stopped` is "finished", "solved" or "time limit"."""
 
     position: Position
     stopped: str
@@ -158,6 +158,9 @@ class Trainer:
                     last = step == self.steps or late
                     if self.evaluate and (last or _due(step, config.evaluate_every)):
                         self.position.validation = self._evaluate(last)
+                        if not last and self._solved():
+                            last, stopped = True, "solved"
+                            self.position.validation = self._evaluate(True)
                         line |= {f"validation_{name}": value for name, value in self.position.validation.items()}
                     self.position.elapsed = offset + time.monotonic() - began
                     line["elapsed_s"] = round(self.position.elapsed, 3)
@@ -173,6 +176,9 @@ class Trainer:
                         saved, saved_at = step, time.monotonic()
                     if self.signal and step < self.steps:
                         raise self._interrupted(saved)
+                    if stopped == "solved":
+                        progress.note(f"solved at step {step} of {self.steps}")
+                        break
                     if late:
                         stopped = "time limit"
                         progress.note(f"time limit of {limit:g} s reached at step {step} of {self.steps}")
@@ -186,6 +192,10 @@ class Trainer:
             if self.metrics:
                 self.metrics.close()
         return Outcome(self.position, stopped, self.median_speed(), peak_memory(self.device))
+
+    def _solved(self) -> bool:
+        until = self.config.until
+        return until is not None and self.position.validation.get("reached", -math.inf) >= until
 
     def median_speed(self) -> float:
         """Tokens per second, the median over all steps so far."""
