@@ -1,0 +1,101 @@
+"""Entries: a task with the size of model, the budget and the learning rates at which designs are compared on it.
+
+A tier is a YAML file of entries by name, `study/tiers/NAME.yaml`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from postformer.design import DesignError, Recipe, load
+from postformer.design.base import nearest
+from postformer.task import Setting, Task
+from postformer.task import load as load_task
+
+TIERS = ("sprint", "standard", "paper")
+MOST_LAYERS = 24
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Learned(_Data):
+    """A recipe that reaches 0.9 at the task's easiest setting, within `tokens` at `rate`: the task can be learned."""
+
+    recipe: str
+    rate: float
+    tokens: int
+    setting: Setting
+
+
+class Entry(_Data):
+    """One row of a tier. Every design trains on the same problems, with the same number of tokens."""
+
+    key: str
+    """Its name in the tier, the ledger and the report"""
+    task: str
+    options: dict[str, Any] = {}
+    """Keywords of the task's constructor"""
+    width: int = 32
+    layers: int = 2
+    """Layers of a feed-forward and a mixer; where a recipe's pattern needs more, it gets the fewest that hold it"""
+    local: bool = True
+    """Whether recipes keep their short convolutions, token shifts and the like"""
+    batch_size: int = 64
+    tokens: int = Field(gt=0)
+    """Training budget of one trial; the sweep of learning rates has a quarter of it"""
+    rates: tuple[float, ...] = Field(default=(1e-3, 3e-3, 1e-2), min_length=3)
+    until: float | None = 0.995
+    """A trial stops early where validation is so good at every setting (negative where less is better)"""
+    evaluate_batches: int = 8
+    """Validation batches per setting and evaluation"""
+    test_batches: int = 16
+    learned: Learned | None = None
+    """None: marked as unlearned in every report"""
+    note: str = ""
+
+    def make(self) -> Task:
+        """The task. Raises TaskError."""
+        return load_task(self.task, **self.options)
+
+    def sized(self, recipe: Recipe | str) -> Recipe:
+        """The design at this entry's size, with the task's vocabulary. Raises DesignError."""
+        base = load(recipe)
+        overrides = [f"model.vocab={self.make().vocab}"]
+        if not self.local:
+            overrides += [f"model.mixers.{name}.local=none" for name, mixer in base.model.mixers.items()
+                          if "local" in type(mixer).model_fields]
+        return fitted(base, self.width, self.layers, overrides)
+
+
+def fitted(recipe: Recipe | str, width: int, layers: int, overrides: list[str]) -> Recipe:
+    """The recipe with so many layers, or the fewest more that hold its whole pattern. Raises DesignError."""
+    for number in range(layers, MOST_LAYERS + 1):
+        try:
+            return load(recipe, overrides, width, number)
+        except DesignError as error:
+            if "stands in no layer" not in error.message:
+                raise
+            refused = error
+    raise refused
+
+
+@cache
+def tier(name: str) -> dict[str, Entry]:
+    """The entries of a tier by key, in order. Raises ValueError for a tier that does not exist."""
+    if name not in TIERS:
+        raise ValueError(f"no tier is named {name!r}.{nearest(name, TIERS)} There are: {', '.join(TIERS)}")
+    text = files("postformer").joinpath("study", "tiers", f"{name}.yaml").read_text(encoding="utf-8")
+    found = {}
+    for key, value in yaml.safe_load(text).items():
+        try:
+            found[key] = Entry.model_validate({"key": key, **value})
+        except ValidationError as error:
+            raise ValueError(f"tier {name}, entry {key}: {error}") from None
+    return found
