@@ -25,14 +25,17 @@ from postformer.task.base import (
 from postformer.task.group import Group, GroupWord
 from postformer.task.recall import MQAR
 from postformer.task.registry import load, names, register
+from postformer.task.text import Bytes, RecallPerplexity
 
 __all__ = [
     "IGNORE",
     "METRICS",
     "MQAR",
+    "Bytes",
     "Difficulties",
     "Group",
     "GroupWord",
+    "RecallPerplexity",
     "Setting",
     "Task",
     "TaskBatch",
