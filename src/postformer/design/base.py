@@ -56,8 +56,15 @@ class Design(BaseModel):
             mark = next((m for m in info.metadata if isinstance(m, Scales)), None)
             if mark and isinstance(value, int) and name in self.model_fields_set:
                 changes[name] = max(mark.multiple, round(value * ratio / mark.multiple) * mark.multiple)
-            elif (new := _scaled(value, ratio)) is not value:
+            elif (new := each_design(value, lambda piece: piece.scaled(ratio))) is not value:
                 changes[name] = new
+        return self.model_copy(update=changes) if changes else self
+
+    def narrowed(self, dim: int, width: int) -> Self:
+        """The same design with heads of at most `dim` channels, and as many more of them; width: the model's."""
+        found = {name: (value, each_design(value, lambda piece: piece.narrowed(dim, width)))
+                 for name in type(self).model_fields if (value := getattr(self, name)) is not None}
+        changes = {name: new for name, (value, new) in found.items() if new is not value}
         return self.model_copy(update=changes) if changes else self
 
     def said(self) -> dict[str, Any]:
@@ -85,15 +92,15 @@ def _essence(value: Any) -> Any:
     return {k: _essence(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def _scaled(value: Any, ratio: float) -> Any:
-    """Scale designs inside containers; the very same object when nothing changed."""
+def each_design(value: Any, change: Callable[[Design], Design]) -> Any:
+    """Change designs inside containers; the very same object when nothing changed."""
     if isinstance(value, Design):
-        return value.scaled(ratio)
+        return change(value)
     if isinstance(value, (list, tuple)):
-        new = [_scaled(v, ratio) for v in value]
+        new = [each_design(v, change) for v in value]
         return type(value)(new) if any(a is not b for a, b in zip(new, value)) else value
     if isinstance(value, dict):
-        new = {k: _scaled(v, ratio) for k, v in value.items()}
+        new = {k: each_design(v, change) for k, v in value.items()}
         return new if any(new[k] is not value[k] for k in value) else value
     return value
 

@@ -253,6 +253,18 @@ def scale_width(recipe: Recipe, width: int) -> Recipe:
         raise _design_error(e) from None
 
 
+def narrow_heads(recipe: Recipe, dim: int) -> Recipe:
+    """The recipe with heads of at most `dim` channels and as many more of them: small models then have several.
+
+    Raises DesignError where a memory cannot have such heads.
+    """
+    model = recipe.model.narrowed(dim, recipe.model.width)
+    try:
+        return Recipe.model_validate(recipe.model_copy(update={"model": model}).said())
+    except ValidationError as e:
+        raise _design_error(e) from None
+
+
 def override(data: Any, item: str) -> None:
     """Set one field in place: "model.mixers.memory.loss=l2"."""
     path, eq, text = item.partition("=")
@@ -359,4 +371,4 @@ def _line(text: str, path: str) -> int | None:
     return line
 
 
-__all__ = ["Model", "desugar", "load", "migrate", "names", "override", "scale_width"]
+__all__ = ["Model", "desugar", "load", "migrate", "names", "narrow_heads", "override", "scale_width"]

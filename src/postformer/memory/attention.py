@@ -46,6 +46,13 @@ class AttentionHeads(Design):
         changes: dict[str, Any] = {"query": query, "key_value": key_value, "dim": dim}
         return self.model_copy(update={k: v for k, v in changes.items() if k in self.model_fields_set})
 
+    def narrowed(self, dim: int, width: int) -> AttentionHeads:
+        more = (self.dim or width // self.query) // dim
+        if more < 2:
+            return self
+        key_value = self.key_value and self.key_value * more
+        return self.model_copy(update={"query": self.query * more, "key_value": key_value, "dim": self.dim and dim})
+
 
 class AttentionDesign(Design):
     kind: Literal["attention"] = "attention"

@@ -32,6 +32,17 @@ class MatrixHeads(Design):
             changes[name] = dim and (dim if abs(rest - 1) < 1e-9 else max(2, round(dim * rest / 2) * 2))
         return self.model_copy(update={k: v for k, v in changes.items() if k in self.model_fields_set})
 
+    def narrowed(self, dim: int, width: int) -> MatrixHeads:
+        dim_key, dim_value = self.dims(width)
+        more = dim_value // dim
+        if more < 2:
+            return self
+        changes: dict[str, Any] = {"value": self.value * more, "dim_value": self.dim_value and dim}
+        if self.key is None or self.key > 1:
+            # Keys that all heads share are a state's size, not a head's.
+            changes |= {"key": self.key and self.key * more, "dim_key": self.dim_key and max(1, dim_key // more)}
+        return self.model_copy(update=changes)
+
     def dims(self, width: int) -> tuple[int, int]:
         """(dim_key, dim_value) in a layer of this width"""
         if (self.dim_key is None or self.dim_value is None) and width % self.value:

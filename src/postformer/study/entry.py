@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from postformer.design import DesignError, Recipe, load
 from postformer.design.base import nearest
+from postformer.design.loading import narrow_heads
 from postformer.task import Setting, Task
 from postformer.task import load as load_task
 
@@ -43,6 +44,8 @@ class Entry(_Data):
     options: dict[str, Any] = {}
     """Keywords of the task's constructor"""
     width: int = 32
+    head: int = 16
+    """Channels of a head where a recipe has more, which then has more heads instead"""
     layers: int = 2
     """Layers of a feed-forward and a mixer; where a recipe's pattern needs more, it gets the fewest that hold it"""
     local: bool = True
@@ -66,7 +69,7 @@ class Entry(_Data):
 
     def sized(self, recipe: Recipe | str) -> Recipe:
         """The design at this entry's size, with the task's vocabulary. Raises DesignError."""
-        base = load(recipe)
+        base = narrow_heads(load(recipe), self.head)
         overrides = [f"model.vocab={self.make().vocab}"]
         if not self.local:
             overrides += [f"model.mixers.{name}.local=none" for name, mixer in base.model.mixers.items()
@@ -76,14 +79,14 @@ class Entry(_Data):
 
 def fitted(recipe: Recipe | str, width: int, layers: int, overrides: list[str]) -> Recipe:
     """The recipe with so many layers, or the fewest more that hold its whole pattern. Raises DesignError."""
-    for number in range(layers, MOST_LAYERS + 1):
+    number = layers
+    while True:
         try:
             return load(recipe, overrides, width, number)
         except DesignError as error:
-            if "stands in no layer" not in error.message:
+            if "stands in no layer" not in error.message or number >= MOST_LAYERS:
                 raise
-            refused = error
-    raise refused
+        number += 1
 
 
 @cache
