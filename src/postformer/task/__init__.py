@@ -22,9 +22,13 @@ from postformer.task.base import (
     seeded,
     setting_name,
 )
+from postformer.task.compression import Compression
 from postformer.task.group import Group, GroupWord
+from postformer.task.in_context import InContextRecall
+from postformer.task.memorization import Memorization
 from postformer.task.recall import MQAR
 from postformer.task.registry import load, names, register
+from postformer.task.selective_copying import SelectiveCopying
 from postformer.task.text import Bytes, RecallPerplexity
 
 __all__ = [
@@ -32,10 +36,14 @@ __all__ = [
     "METRICS",
     "MQAR",
     "Bytes",
+    "Compression",
     "Difficulties",
     "Group",
     "GroupWord",
+    "InContextRecall",
+    "Memorization",
     "RecallPerplexity",
+    "SelectiveCopying",
     "Setting",
     "Task",
     "TaskBatch",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -209,6 +209,38 @@ def mixture(value: Setting | Sequence[Setting], rank: int) -> tuple[Setting, ...
     if rank > 1 and len(value) == rank and all(isinstance(v, int) for v in value):
         return (tuple(value),)  # type: ignore[arg-type]
     return tuple(v if isinstance(v, int) else tuple(v) for v in value)
+
+
+def protocol(
+    task: Task,
+    train: Setting | Sequence[Setting],
+    evaluate: Setting | Sequence[Setting] | None,
+    beyond: Callable[..., Sequence[Setting]],
+    example: Setting,
+) -> Difficulties:
+    """The difficulties that a constructor's `train` and `evaluate` ask for, all checked.
+
+    Evaluation settings with any number larger than every training setting's are outside. Where `evaluate` is None,
+    they are the training settings and `beyond(*largest)`, given the largest of each of their numbers. `example` is a
+    setting that makes sense, for messages. Raises TaskError.
+    """
+    rank = 1 if isinstance(example, int) else len(example)
+    trained = mixture(train, rank)
+    if not trained:
+        raise TaskError(f"task {task.name}: no training setting; give one, for instance train={example}")
+    for setting in trained:
+        task.check(setting)
+    most = [max(numbers) for numbers in zip(*map(_numbers, trained), strict=True)]
+    tested = trained + tuple(beyond(*most)) if evaluate is None else mixture(evaluate, rank)
+    for setting in tested:
+        task.check(setting)
+    inside = [s for s in tested if all(n <= m for n, m in zip(_numbers(s), most, strict=True))]
+    outside = [s for s in tested if s not in inside]
+    return Difficulties(train=trained, inside=tuple(inside), outside=tuple(outside))
+
+
+def _numbers(setting: Setting) -> tuple[int, ...]:
+    return (setting,) if isinstance(setting, int) else setting
 
 
 def is_count(value: object) -> bool:

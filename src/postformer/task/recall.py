@@ -3,40 +3,49 @@
     k1 v1 k2 v2 ... kn vn | . . k2 . . . k1 . . k4 . ...      target v2 at k2's second appearance, and so on
 
 The exact generator of Zoology (arXiv 2312.04927): keys 1..V/2-1 and values V/2..V-1, each drawn without replacement;
-after the 2n context tokens come (T - 2n)/2 slots of two tokens, and key i is asked in slot g_i, drawn without
+after the context's pairs come slots of two tokens to the end, and key i is asked in slot g_i, drawn without
 replacement with p(g) proportional to a * g^(a-1), so that most questions come soon after the context. The label sits
 on the query's own position; the value does not follow it. Every other token is filler: uniform over the vocabulary
 (it may coincide with a key and is not scored), or 0.
 
+Forgetting MQAR, as that repository has it: after the n pairs some of the keys come again, in random order, each with a
+value that is not the one it had (but may be another key's), and the latest value is asked.
+
 Limits: the published generator also demands V > T, which nothing here needs; figures in the literature use V = 8192.
+Zoology's own code excludes the first value of another key than the one rewritten, so that a rewriting may change
+nothing; here it always does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from postformer.task.base import IGNORE, Difficulties, Setting, Task, TaskBatch, TaskError, is_count, mixture
+from postformer.task.base import IGNORE, Setting, Task, TaskBatch, TaskError, is_count, protocol
+from postformer.task.draw import distinct, integers
 from postformer.task.registry import register
 
 
 @register
 class MQAR(Task):
-    """Multi-query associative recall. A setting is (T, pairs): sequence length and number of key-value pairs.
+    """Multi-query associative recall. A setting is (T, pairs): sequence length and number of different keys.
 
     Args:
         vocab: V, even or odd, at least 4.
         power: a in p(g); 1 is uniform over the slots, near 0 is about 1/g.
         random_non_queries: fill what is neither context nor query with random tokens (True) or with 0 (False, as
             in the paper's figure 2).
+        rewrite: the fraction of the keys that get a second value, rounded to a number of keys; 0 is plain MQAR.
         train: the training setting or settings (a mixture, one setting a batch).
         evaluate: the evaluation settings; those with more pairs or tokens than any training setting count as outside.
             None: the training settings, then twice and four times their most pairs, as far as the vocabulary goes.
 
     Raises:
-        TaskError: a setting whose pairs do not fit its length (4 * pairs <= T, T even) or the vocabulary.
+        TaskError: a setting whose pairs do not fit its length (4 * pairs + 2 * rewritten <= T, T even) or the
+            vocabulary, or of which none or all keys would be rewritten where some should.
     """
 
     name = "mqar"
@@ -47,29 +56,27 @@ class MQAR(Task):
         vocab: int = 128,
         power: float = 0.01,
         random_non_queries: bool = True,
+        rewrite: float = 0.0,
         train: Setting | Sequence[Setting] = ((64, 4), (64, 8)),
         evaluate: Setting | Sequence[Setting] | None = None,
     ) -> None:
+        self.name = "forgetting-mqar" if rewrite else "mqar"
         if not is_count(vocab) or vocab < 4:
             raise TaskError(f"task {self.name}: vocab is {vocab!r}; at least 4 ids are needed for one key and a value")
         if not power > 0:
             raise TaskError(f"task {self.name}: power is {power!r}; give a positive number, 0.01 as published")
-        self.vocab, self.power, self.random_non_queries = vocab, power, random_non_queries
+        if not 0 <= rewrite < 1:
+            raise TaskError(f"task {self.name}: rewrite is {rewrite!r}; give a fraction from 0 to below 1")
+        self.vocab, self.power, self.random_non_queries, self.rewrite = vocab, power, random_non_queries, rewrite
         self.answers = (vocab // 2, vocab)
-        trained = mixture(train, 2)
-        if not trained:
-            raise TaskError(f"task {self.name}: no training setting; give one, for instance train=(64, 8)")
-        for setting in trained:
-            self.check(setting)
-        most = [max(setting[axis] for setting in trained) for axis in range(2)]  # type: ignore[index]
-        tested = trained + self._beyond(*most) if evaluate is None else mixture(evaluate, 2)
-        for setting in tested:
-            self.check(setting)
-        inside = [setting for setting in tested if setting[0] <= most[0] and setting[1] <= most[1]]  # type: ignore[index]
-        outside = [setting for setting in tested if setting not in inside]
-        self.difficulties = Difficulties(train=trained, inside=tuple(inside), outside=tuple(outside))
+        self.difficulties = protocol(self, train, evaluate, self._beyond, (64, 8))
 
     def describe(self) -> str:
+        if self.rewrite:
+            return (
+                f"Recall the latest value of each of several keys (vocabulary {self.vocab}), of which "
+                f"{self.rewrite:.0%} are bound a second time (forgetting MQAR, arXiv 2312.04927)."
+            )
         return (
             f"Recall the value bound to each of several keys (vocabulary {self.vocab}), all bound once at the start "
             "and each asked once (multi-query associative recall, arXiv 2312.04927)."
@@ -80,9 +87,11 @@ class MQAR(Task):
         return 1 / (self.vocab - self.vocab // 2)
 
     def shortcut(self, setting: Setting) -> float:
-        """A uniform guess among the values seen in the row: remembers what was there, not what was bound to what."""
+        """A uniform guess among the values seen in the row, which remembers what was there, not what was bound to
+        what; with rewriting, the first value of every key, which is right for those not rewritten."""
         self.check(setting)
-        return 1 / setting[1]  # type: ignore[index]
+        pairs: int = setting[1]  # type: ignore[index]
+        return 1 - self._rewritten(pairs) / pairs if self.rewrite else 1 / pairs
 
     def check(self, setting: Setting) -> None:
         if not (isinstance(setting, tuple) and len(setting) == 2 and all(map(is_count, setting))):
@@ -91,10 +100,16 @@ class MQAR(Task):
                 f"got {setting!r}"
             )
         length, pairs = setting
-        if length % 2 or length < 4 * pairs:
+        if self.rewrite and not 0 < self._rewritten(pairs) < pairs:
+            raise TaskError(
+                f"task {self.name}: of {pairs} keys, rewrite={self.rewrite:g} changes {self._rewritten(pairs)}; use "
+                "more pairs or another fraction, so that some are changed and some are not"
+            )
+        if length % 2 or length < self._room(pairs):
+            least = f"4 * pairs{' + 2 * rewritten' if self.rewrite else ''} = {self._room(pairs)}"
             raise TaskError(
                 f"task {self.name}: {pairs} pairs do not fit a length of {length}; the length must be even and at "
-                f"least 4 * pairs = {4 * pairs}"
+                f"least {least}"
             )
         if pairs > self.vocab // 2 - 1:
             raise TaskError(
@@ -102,43 +117,53 @@ class MQAR(Task):
                 f"{self.vocab // 2 - 1}; use vocab={2 * pairs + 2} or more"
             )
 
-    def _beyond(self, length: int, pairs: int) -> tuple[Setting, ...]:
-        length = max(length, 8 * pairs)
-        further = ((length, 2 * pairs), (2 * length, 4 * pairs))
-        return tuple(setting for setting in further if setting[1] <= self.vocab // 2 - 1)
+    def _rewritten(self, pairs: int) -> int:
+        return round(self.rewrite * pairs)
+
+    def _room(self, pairs: int) -> int:
+        """The shortest length: context, and one slot a question."""
+        return 4 * pairs + 2 * self._rewritten(pairs)
+
+    def _beyond(self, length: int, pairs: int) -> list[Setting]:
+        twice = max(length, self._room(2 * pairs))
+        further = ((twice, 2 * pairs), (max(2 * twice, self._room(4 * pairs)), 4 * pairs))
+        return [setting for setting in further if setting[1] <= self.vocab // 2 - 1]
 
     def slot_weights(self, setting: Setting) -> Tensor:
-        """p(g) for g = 1..(T - 2 * pairs)/2, float64, summing to one: where the first key drawn is asked."""
+        """p(g) for the slots g = 1, 2, ... after the context, float64, summing to one: where the first key drawn is
+        asked."""
         self.check(setting)
         length, pairs = setting  # type: ignore[misc]
-        g = torch.arange(1, (length - 2 * pairs) // 2 + 1, dtype=torch.float64)
+        slots = length // 2 - pairs - self._rewritten(pairs)
+        g = torch.arange(1, slots + 1, dtype=torch.float64)
         p = self.power * g ** (self.power - 1)
         return p / p.sum()
 
     def generate(self, setting: Setting, batch_size: int, generator: torch.Generator) -> TaskBatch:
         length, pairs = setting  # type: ignore[misc]
-        device, half = generator.device, self.vocab // 2
-        keys = 1 + self._distinct(half - 1, batch_size, pairs, generator)
-        values = half + self._distinct(self.vocab - half, batch_size, pairs, generator)
-        # Dividing exponential noise by the weights and taking the smallest is the same as drawing one by one without
-        # replacement (Gumbel top-k), for a whole batch at once.
-        weights = self.slot_weights(setting).to(device)
-        noise = torch.empty(batch_size, len(weights), dtype=torch.float64, device=device)
-        slots = (noise.exponential_(generator=generator) / weights).topk(pairs, largest=False).indices
+        half, others = self.vocab // 2, self.vocab - self.vocab // 2
+        keys = 1 + distinct(half - 1, batch_size, pairs, generator)
+        values = distinct(others, batch_size, pairs, generator)
+        bound, latest = [keys], [values]
+        if rewritten := self._rewritten(pairs):
+            which = distinct(pairs, batch_size, rewritten, generator)
+            change = integers(1, others, (batch_size, rewritten), generator)
+            bound.append(keys.gather(1, which))
+            latest.append((values.gather(1, which) + change) % others)
+            values = values.scatter(1, which, latest[-1])
+        slots = distinct(self.slot_weights(setting), batch_size, pairs, generator)
 
         if self.random_non_queries:
-            tokens = torch.randint(self.vocab, (batch_size, length), generator=generator, device=device)
+            tokens = integers(0, self.vocab, (batch_size, length), generator)
         else:
-            tokens = torch.zeros(batch_size, length, dtype=torch.int64, device=device)
-        tokens[:, 0 : 2 * pairs : 2] = keys
-        tokens[:, 1 : 2 * pairs : 2] = values
-        position = 2 * pairs + 2 * slots
+            tokens = torch.zeros(batch_size, length, dtype=torch.int64, device=generator.device)
+        context = 2 * (pairs + rewritten)
+        tokens[:, 0:context:2] = torch.cat(bound, 1)
+        tokens[:, 1:context:2] = half + torch.cat(latest, 1)
+        position = context + 2 * slots
         tokens.scatter_(1, position, keys)
-        targets = torch.full_like(tokens, IGNORE).scatter_(1, position, values)
+        targets = torch.full_like(tokens, IGNORE).scatter_(1, position, half + values)
         return TaskBatch(tokens, targets)
 
-    @staticmethod
-    def _distinct(choices: int, rows: int, count: int, generator: torch.Generator) -> Tensor:
-        """[rows, count] integers of 0..choices-1, uniform, without replacement within a row."""
-        noise = torch.rand(rows, choices, dtype=torch.float64, generator=generator, device=generator.device)
-        return noise.topk(count, sorted=True).indices
+
+register("forgetting-mqar")(partial(MQAR, rewrite=0.5))
