@@ -48,3 +48,28 @@ def expected_mode(draws: int, choices: int) -> float:
         if len(product) > draws:
             below += product[draws] * math.exp(whole + draws)
     return (draws - below) / draws
+
+
+def hide(blocks: Tensor, places: Tensor, filler: Tensor) -> Tensor:
+    """Text with blocks of tokens in it: blocks [B, n, s], filler [B, F] -> [B, n * s + F].
+
+    places [B, n] floats from 0 to below F + 1: a block stands where so many whole words of filler have passed, and
+    blocks between the same words in the order of their places.
+    """
+    rows, count, size = blocks.shape
+    places, order = places.sort(1)
+    blocks = blocks.gather(1, order[..., None].expand(blocks.shape))
+    start = places.long() + size * torch.arange(count, device=places.device)
+    taken = (start[..., None] + torch.arange(size, device=places.device)).flatten(1)
+    free = torch.ones(rows, count * size + filler.shape[1], dtype=torch.bool, device=places.device)
+    free.scatter_(1, taken, False)
+    text = torch.empty(free.shape, dtype=filler.dtype, device=places.device)
+    text[free] = filler.flatten()
+    return text.scatter_(1, taken, blocks.flatten(1))
+
+
+def answered(tokens: Tensor, answer: Tensor) -> Tensor:
+    """Targets for tokens [B, T] whose last n positions are asked for `answer` [B, n], the others for nothing."""
+    targets = torch.full_like(tokens, -100)
+    targets[:, tokens.shape[1] - answer.shape[1] :] = answer
+    return targets
