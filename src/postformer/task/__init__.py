@@ -11,6 +11,8 @@ A task of your own: subclass `Task`, decorate it with `@register`, and point an 
 "postformer.tasks" at it if it should be found in an installed package.
 """
 
+from postformer.task.aggregate import Aggregate
+from postformer.task.arithmetic import ModularArithmetic
 from postformer.task.base import (
     IGNORE,
     METRICS,
@@ -23,9 +25,13 @@ from postformer.task.base import (
     setting_name,
 )
 from postformer.task.compression import Compression
+from postformer.task.copying import Copy
+from postformer.task.dyck import Dyck
 from postformer.task.group import Group, GroupWord
+from postformer.task.hops import Hops
 from postformer.task.in_context import InContextRecall
 from postformer.task.memorization import Memorization
+from postformer.task.needle import Needle, PhoneBook
 from postformer.task.recall import MQAR
 from postformer.task.registry import load, names, register
 from postformer.task.selective_copying import SelectiveCopying
@@ -35,13 +41,20 @@ __all__ = [
     "IGNORE",
     "METRICS",
     "MQAR",
+    "Aggregate",
     "Bytes",
     "Compression",
+    "Copy",
     "Difficulties",
+    "Dyck",
     "Group",
     "GroupWord",
+    "Hops",
     "InContextRecall",
     "Memorization",
+    "ModularArithmetic",
+    "Needle",
+    "PhoneBook",
     "RecallPerplexity",
     "SelectiveCopying",
     "Setting",
