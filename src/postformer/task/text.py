@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from postformer.data import VOCAB, Corpus, CorpusError, load_corpus
-from postformer.task.base import Difficulties, Setting, Task, TaskBatch, TaskError, is_count, mixture, seeded
+from postformer.task.base import Setting, Task, TaskBatch, TaskError, is_count, protocol, seeded
 from postformer.task.registry import register
 
 MAX_ORDER = 6
@@ -67,8 +67,8 @@ class Bytes(Task):
     Args:
         corpus: as for `postformer.data.load_corpus`: stdlib, enwik8, a file or a directory. It is read on first use.
         train: the training length or lengths (a mixture, one length a batch).
-        evaluate: the evaluation lengths; those longer than every training length count as outside. None: one, two
-            and four times the longest training length.
+        evaluate: the evaluation lengths; those longer than every training length count as outside. None: those of
+            training, then twice and four times the longest.
 
     `on(split)` draws windows from that split; a task just made draws from the training split. `measure` adds
     `bits_per_byte`.
@@ -87,20 +87,7 @@ class Bytes(Task):
         self, corpus: str = "stdlib", train: int | Sequence[int] = 128, evaluate: int | Sequence[int] | None = None
     ) -> None:
         self.stock, self.split = _Stock(corpus), "train"
-        lengths = mixture(train, 1)
-        if not lengths:
-            raise TaskError(f"task {self.name}: no training length; give one, for instance train=128")
-        for setting in lengths:
-            self._check_length(setting)
-        longest: int = max(lengths)  # type: ignore[assignment]
-        tested = (longest, 2 * longest, 4 * longest) if evaluate is None else mixture(evaluate, 1)
-        for setting in tested:
-            self._check_length(setting)
-        self.difficulties = Difficulties(
-            train=lengths,
-            inside=tuple(t for t in tested if t <= longest),  # type: ignore[operator]
-            outside=tuple(t for t in tested if t > longest),  # type: ignore[operator]
-        )
+        self.difficulties = protocol(self, train, evaluate, lambda longest: (2 * longest, 4 * longest), 128)
 
     def describe(self) -> str:
         return (
@@ -132,20 +119,16 @@ class Bytes(Task):
         return other
 
     def check(self, setting: Setting) -> None:
-        self._check_length(setting)
-        size = len(self.stock.corpus.split(self.split))
-        if size <= setting:  # type: ignore[operator]
-            raise TaskError(
-                f"task {self.name}: the {self.split} split of {self.stock.name} has {size} bytes and a window of "
-                f"{setting} needs one more than that; use at most {size - 1}, or a larger corpus"
-            )
-
-    def _check_length(self, setting: Setting) -> None:
         if not is_count(setting):
             raise TaskError(f"task {self.name}: a setting is a length of at least 1, for instance 128; got {setting!r}")
 
     def generate(self, setting: Setting, batch_size: int, generator: torch.Generator) -> TaskBatch:
         data, length = self.stock.corpus.split(self.split), int(setting)  # type: ignore[arg-type]
+        if len(data) <= length:
+            raise TaskError(
+                f"task {self.name}: the {self.split} split of {self.stock.name} has {len(data)} bytes and a window of "
+                f"{length} needs one more than that; use at most {len(data) - 1}, or a larger corpus"
+            )
         starts = torch.randint(len(data) - length, (batch_size, 1), generator=generator, device=generator.device)
         places = starts.cpu().numpy() + np.arange(length + 1)
         window = torch.from_numpy(data[places].astype(np.int64)).to(generator.device)
