@@ -19,8 +19,10 @@ from postformer.report.labels import end_labels, point_labels
 from postformer.report.style import INK, MUTED, PAPER, RULE, SHADE, Look, stand_ins
 
 WIDTH, HEIGHT, TEXT = 400.0, 292.0, 12.5
-MOST_LABELS = 9
-"""With more series than this, names stand in the page's legend instead of at the lines."""
+LARGE = (460.0, 360.0)
+"""Width and height of a canvas with more than `FEW` series: room for as many names at the lines."""
+FEW, MOST_LABELS = 9, 17
+"""With more series than `MOST_LABELS`, names stand in the page's legend instead of at the lines."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def accuracy_curve(
     series: Sequence[Series], label: str, trained: float, floor: float | None, floor_name: str = "chance"
 ) -> Any:
     """Accuracy against difficulty on a base-2 axis, the range covered by training shaded."""
-    figure, axes = _canvas([s.name for s in series])
+    figure, axes = canvas([s.name for s in series])
     ticks = sorted({x for s in series for x in s.x} | {trained})
     low, high = ticks[0] / 1.12, ticks[-1] * 1.06
     axes.set_xscale("log", base=2)
@@ -66,10 +68,10 @@ def accuracy_curve(
             ha="right",
             va="top",
         )
-    _ticks(axes.xaxis, ticks, [f"{t:g}" for t in ticks])
-    _ticks(axes.yaxis, [0, 0.25, 0.5, 0.75, 1], ["0", ".25", ".50", ".75", "1"])
+    set_ticks(axes.xaxis, ticks, [f"{t:g}" for t in ticks])
+    set_ticks(axes.yaxis, [0, 0.25, 0.5, 0.75, 1], ["0", ".25", ".50", ".75", "1"])
     _lines(axes, series, markers=True)
-    return _named(figure, axes, label, "Accuracy", series)
+    return finish(figure, axes, label, "Accuracy", series)
 
 
 def state_scatter(
@@ -79,7 +81,7 @@ def state_scatter(
 
     first, second: what the two difficulties are called; the first is drawn as an open marker, the second filled.
     """
-    figure, axes = _canvas([], right=14)
+    figure, axes = canvas([], right=14)
     sizes = [p[0] for _, _, a, b in points for p in (a, b)]
     low, high = min(sizes) / 2.0, max(sizes) * 2.6
     axes.set_xscale("log", base=2)
@@ -87,10 +89,10 @@ def state_scatter(
     worst = min(p[1] for _, _, a, b in points for p in (a, b))
     floor = max(0.0, math.floor((worst - 0.12) * 10) / 10)
     axes.set_ylim(floor, 1.05)
-    _byte_ticks(axes.xaxis, low, high)
+    byte_ticks(axes.xaxis, low, high)
     step = 0.1 if 1 - floor <= 0.55 else 0.25
     grid = [t for t in (round(1 - i * step, 3) for i in range(11)) if t >= floor - 1e-9]
-    _ticks(axes.yaxis, grid, [_fraction(t) for t in grid])
+    set_ticks(axes.yaxis, grid, [fraction(t) for t in grid])
     for _, look, a, b in points:
         axes.plot([a[0], b[0]], [a[1], b[1]], color=look.color, linewidth=1.2, alpha=0.6, zorder=2)
         axes.plot(
@@ -104,7 +106,7 @@ def state_scatter(
             zorder=3,
         )
         axes.plot(*b, marker=look.marker, markersize=7.5, color=look.color, linestyle="none", zorder=4)
-    _frame(axes, "Bytes of state", "Accuracy")
+    frame(axes, "Bytes of state", "Accuracy")
     axes.text(
         1,
         1.06,
@@ -127,7 +129,7 @@ def state_scatter(
 
 def loss_curves(series: Sequence[Series], label: str = "Bits per byte") -> Any:
     """Loss against training tokens; `marks` are validation readings. The first steep fall may leave the top."""
-    figure, axes = _canvas([s.name for s in series])
+    figure, axes = canvas([s.name for s in series])
     smooth = [_smooth(s) for s in series]
     last = max(max(s.x) for s in smooth)
     values = [v for s in smooth for v in s.y] + [m[1] for s in smooth for m in s.marks]
@@ -137,11 +139,11 @@ def loss_curves(series: Sequence[Series], label: str = "Bits per byte") -> Any:
     span = max(high - low, 1e-3)
     axes.set_xlim(0, last)
     axes.set_ylim(low - 0.06 * span, high + 0.04 * span)
-    ticks = _round_steps(0, last, 4)
-    _ticks(axes.xaxis, ticks, [numbers.short(t) for t in ticks])
+    ticks = round_steps(0, last, 4)
+    set_ticks(axes.xaxis, ticks, [numbers.short(t) for t in ticks])
     bottom, top = axes.get_ylim()
-    grid = _round_steps(bottom, top, 5)
-    _ticks(axes.yaxis, grid, [f"{t:.3g}" for t in grid])
+    grid = round_steps(bottom, top, 5)
+    set_ticks(axes.yaxis, grid, [f"{t:.3g}" for t in grid])
     _lines(axes, smooth, markers=False, clip=True)
     for s in smooth:
         if s.marks:
@@ -155,7 +157,7 @@ def loss_curves(series: Sequence[Series], label: str = "Bits per byte") -> Any:
                 markeredgewidth=1.3,
                 zorder=4,
             )
-    return _named(figure, axes, "Training tokens", label, smooth)
+    return finish(figure, axes, "Training tokens", label, smooth)
 
 
 def growth(series: Sequence[Series], unit: str, label: str) -> Any:
@@ -163,7 +165,7 @@ def growth(series: Sequence[Series], unit: str, label: str) -> Any:
 
     unit: "bytes" or "seconds", which sets the ticks of the vertical axis.
     """
-    figure, axes = _canvas([s.name for s in series])
+    figure, axes = canvas([s.name for s in series])
     xs = [x for s in series for x in s.x]
     ys = [y for s in series for y in s.y] + [m[1] for s in series for m in s.marks]
     axes.set_xscale("log", base=2)
@@ -175,11 +177,11 @@ def growth(series: Sequence[Series], unit: str, label: str) -> Any:
     ticks = sorted(set(xs))
     while len(ticks) > 5:
         ticks = ticks[::2] if len(ticks) % 2 else [ticks[0], *ticks[2::2]]
-    _ticks(axes.xaxis, ticks, [_tokens(t) for t in ticks])
+    set_ticks(axes.xaxis, ticks, [_tokens(t) for t in ticks])
     if unit == "bytes":
-        _byte_ticks(axes.yaxis, *axes.get_ylim())
+        byte_ticks(axes.yaxis, *axes.get_ylim())
     else:
-        _second_ticks(axes.yaxis, *axes.get_ylim())
+        second_ticks(axes.yaxis, *axes.get_ylim())
     _lines(axes, series, markers=not any(s.marks for s in series))
     for s in series:
         if s.marks:
@@ -193,7 +195,7 @@ def growth(series: Sequence[Series], unit: str, label: str) -> Any:
                 markeredgewidth=1.5,
                 zorder=4,
             )
-    return _named(figure, axes, "Tokens of context", label, series)
+    return finish(figure, axes, "Tokens of context", label, series)
 
 
 def svg(figure: Any, name: str, title: str, description: str) -> str:
@@ -228,25 +230,33 @@ def svg(figure: Any, name: str, title: str, description: str) -> str:
     return head + text[text.index(">") + 1 :].strip()
 
 
-def _canvas(names: Sequence[str], right: float | None = None) -> tuple[Any, Any]:
+def canvas(names: Sequence[str], right: float | None = None, size: tuple[float, float] | None = None,
+           left: float = 46.0) -> tuple[Any, Any]:
+    """A figure and its axes, with room for `names` right of them, or as many points as `right` says.
+
+    size: width and height in points; by default what the number of names needs.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.font_manager import FontProperties
 
-    figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72)
-    canvas = FigureCanvasAgg(figure)
+    width, height = size or (LARGE if len(names) > FEW else (WIDTH, HEIGHT))
+    figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+    drawing = FigureCanvasAgg(figure)
     if right is None:
         font = FontProperties(size=TEXT)
-        labelled = [_fit(n) for n in names] if len(names) <= MOST_LABELS else []
-        widths = [canvas.get_renderer().get_text_width_height_descent(n, font, False)[0] for n in labelled]
+        labelled = [fit(n) for n in names] if len(names) <= MOST_LABELS else []
+        widths = [drawing.get_renderer().get_text_width_height_descent(n, font, False)[0] for n in labelled]
         right = max(widths, default=-4.0) + 18
-    left, bottom, top = 46.0, 48.0, 34.0
-    rect = (left / WIDTH, bottom / HEIGHT, (WIDTH - left - right) / WIDTH, (HEIGHT - bottom - top) / HEIGHT)
+    bottom, top = 48.0, 34.0
+    rect = (left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height)
     return figure, figure.add_axes(rect)
 
 
-def _fit(name: str) -> str:
-    return name if len(name) <= 22 else name[:12] + "…" + name[-9:]
+def fit(name: str) -> str:
+    """A name as it stands in a figure: at most 22 characters."""
+    # A dollar sign would begin a formula.
+    return (name if len(name) <= 22 else name[:12] + "…" + name[-9:]).replace("$", r"\$")
 
 
 def _lines(axes: Any, series: Sequence[Series], markers: bool, clip: bool = False) -> None:
@@ -278,14 +288,16 @@ def _lines(axes: Any, series: Sequence[Series], markers: bool, clip: bool = Fals
             )
 
 
-def _named(figure: Any, axes: Any, xlabel: str, ylabel: str, series: Sequence[Series]) -> Any:
-    _frame(axes, xlabel, ylabel)
+def finish(figure: Any, axes: Any, xlabel: str, ylabel: str, series: Sequence[Series]) -> Any:
+    """Frame the axes and write each series' name at its end."""
+    frame(axes, xlabel, ylabel)
     if len(series) <= MOST_LABELS:
-        end_labels(axes, [(_fit(s.name), s.x[-1], s.y[-1], s.look.color) for s in series], TEXT, column=12)
+        end_labels(axes, [(fit(s.name), s.x[-1], s.y[-1], s.look.color) for s in series], TEXT, column=12)
     return figure
 
 
-def _frame(axes: Any, xlabel: str, ylabel: str) -> None:
+def frame(axes: Any, xlabel: str, ylabel: str) -> None:
+    """Axis, grid and labels in the house's look; the vertical label stands above its axis."""
     for side in ("left", "right", "top"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(MUTED)
@@ -297,10 +309,10 @@ def _frame(axes: Any, xlabel: str, ylabel: str) -> None:
     axes.tick_params(axis="both", labelsize=TEXT, labelcolor=MUTED, color=MUTED, width=0.8, length=3.5, pad=4)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(xlabel, color=INK, fontsize=TEXT, labelpad=5)
-    height = axes.get_position().height * HEIGHT
+    box = axes.get_window_extent()
     axes.text(
-        -46 / (axes.get_position().width * WIDTH),
-        1 + 14 / height,
+        -box.x0 / box.width,
+        1 + 14 / box.height,
         ylabel,
         transform=axes.transAxes,
         color=INK,
@@ -310,7 +322,8 @@ def _frame(axes: Any, xlabel: str, ylabel: str) -> None:
     )
 
 
-def _ticks(axis: Any, places: Sequence[float], names: Sequence[str]) -> None:
+def set_ticks(axis: Any, places: Sequence[float], names: Sequence[str]) -> None:
+    """Fixed places and names of an axis."""
     from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
     axis.set_major_locator(FixedLocator(list(places)))
@@ -318,30 +331,33 @@ def _ticks(axis: Any, places: Sequence[float], names: Sequence[str]) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _byte_ticks(axis: Any, low: float, high: float) -> None:
+def byte_ticks(axis: Any, low: float, high: float) -> None:
+    """Ticks at powers of two; K is 1,024."""
     powers = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
     step = next(s for s in (1, 2, 4, 5, 10) if len([p for p in powers if p % s == 0]) <= 5 or s == 10)
     places = [2.0**p for p in powers if p % step == 0]
     # "KiB" does not fit the narrow margin left of the axis; K is 1024 here, as the axis label says.
-    _ticks(axis, places, [re.sub(r" (.)iB$", r"\1", numbers.size(p)).replace(" B", "") for p in places])
+    set_ticks(axis, places, [re.sub(r" (.)iB$", r"\1", numbers.size(p)).replace(" B", "") for p in places])
 
 
-def _second_ticks(axis: Any, low: float, high: float) -> None:
+def second_ticks(axis: Any, low: float, high: float) -> None:
     places = [m * 10.0**e for e in range(-7, 4) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
     if len(places) > 6:
         places = [p for p in places if round(p / 10 ** math.floor(math.log10(p) + 1e-9)) == 1]
-    _ticks(axis, places, [numbers.duration(p).replace(" ", "") for p in places])
+    set_ticks(axis, places, [numbers.duration(p).replace(" ", "") for p in places])
 
 
 def _tokens(value: float) -> str:
     return f"{value / 1024:g}k" if value >= 1024 and value % 512 == 0 else f"{value:g}"
 
 
-def _fraction(value: float) -> str:
+def fraction(value: float) -> str:
+    """A tick of an accuracy axis: 0.25 -> '.25'."""
     return f"{value:.2f}".lstrip("0") if 0 < value < 1 else f"{value:g}"
 
 
-def _round_steps(low: float, high: float, most: int) -> list[float]:
+def round_steps(low: float, high: float, most: int) -> list[float]:
+    """At most so many round places from low to high."""
     span = max(high - low, 1e-12)
     for exponent in range(math.floor(math.log10(span)) - 1, math.floor(math.log10(span)) + 2):
         for lead in (1, 2, 2.5, 5):

@@ -16,19 +16,24 @@ def render(source: str | Path | Sequence[str | Path], output: str | Path | None 
     """Write one self-contained HTML page about finished runs and return its path.
 
     Args:
-        source: a directory that holds `demo.json`, or one or several run directories.
+        source: a directory that holds `demo.json` or `gauntlet.json`, or one or several run directories.
         output: the file to write, or a directory for `report.html`; by default `report.html` beside the first source.
 
     The page loads nothing: figures are inline SVG, the numbers are embedded as JSON and CSV. Runs that are missing or
-    did not finish are listed as failed. Raises ValueError where there is nothing to show at all.
+    did not finish are listed as failed. A gauntlet's figures are also written as `gauntlet.csv` beside the page, with
+    its `gauntlet.json` where that is elsewhere. Raises ValueError where there is nothing to show at all.
     """
     sources = [Path(source)] if isinstance(source, (str, Path)) else [Path(s) for s in source]
     if not sources:
-        raise ValueError("nothing to report on: give a demo's directory or at least one run directory")
+        raise ValueError("nothing to report on: give a demo's or a gauntlet's directory, or at least one run directory")
     if len(sources) == 1 and (sources[0] / "demo.json").is_file():
         from postformer.report.demo import demo_page
 
         content = demo_page(sources[0])
+    elif len(sources) == 1 and (sources[0] / "gauntlet.json").is_file():
+        from postformer.report.gauntlet import gauntlet_page
+
+        content = gauntlet_page(sources[0])
     else:
         from postformer.report.runs import runs_page
 
@@ -37,12 +42,16 @@ def render(source: str | Path | Sequence[str | Path], output: str | Path | None 
     if output is None or path.is_dir() or not path.suffix:
         path = path / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, compose(content))
+    for name, text in content.pop("beside", {}).items():
+        # The source itself is not rewritten: a study may be adding to it at this moment.
+        if name.endswith(".csv") or path.parent.resolve() != sources[0].resolve():
+            _write(path.parent / name, text)
+    _write(path, compose(content, content.pop("template", "page.html.j2")))
     return path
 
 
-def compose(content: dict[str, Any]) -> str:
-    """The HTML of what `demo_page` or `runs_page` return."""
+def compose(content: dict[str, Any], template: str = "page.html.j2") -> str:
+    """The HTML of what `demo_page`, `runs_page` or `gauntlet_page` return."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     from postformer.report.style import css_variables
@@ -55,7 +64,8 @@ def compose(content: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["paper"] = paper_link
-    page = environment.get_template("page.html.j2").render(
+    environment.filters["papers"] = papers
+    page = environment.get_template(template).render(
         **content,
         light=css_variables(dark=False),
         dark=css_variables(dark=True),
@@ -76,11 +86,19 @@ def paper_link(identifier: str | None) -> str:
     return Markup(f'<a href="https://arxiv.org/abs/{match[1]}">arXiv:{match[1]}</a>')
 
 
+def papers(identifiers: str | Sequence[str] | None) -> str:
+    """Links to one or several papers, joined by commas."""
+    from markupsafe import Markup
+
+    several = [identifiers] if isinstance(identifiers, str) else identifiers or []
+    return Markup(", ").join(paper_link(i) for i in several)
+
+
 def embedded(value: Any) -> str:
     """JSON that is safe inside a script element; what is not finite becomes null."""
     from markupsafe import Markup
 
-    text = json.dumps(_plain(value), ensure_ascii=False, indent=1, allow_nan=False)
+    text = json.dumps(_plain(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 

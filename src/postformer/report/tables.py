@@ -65,4 +65,9 @@ class Table:
     @property
     def link(self) -> str:
         """The CSV as a data address, for a download link that needs no second file."""
-        return "data:text/csv;charset=utf-8," + quote(self.csv)
+        return csv_link(self.csv)
+
+
+def csv_link(text: str) -> str:
+    """CSV as a data address."""
+    return "data:text/csv;charset=utf-8," + quote(text)

@@ -12,7 +12,7 @@ from postformer.cli.console import Json, finish
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories, or one demo directory.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run directories, or one demo or gauntlet directory.")],
     out: Annotated[Path | None, typer.Option(help="The file to write; default report.html in the first.")] = None,
     json: Json = False,
 ) -> None:
