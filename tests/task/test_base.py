@@ -6,6 +6,11 @@ from postformer.task import IGNORE, METRICS, Difficulties, Task, TaskBatch, Task
 
 NAMES = ["group-a4xz5", "group-a5", "group-s3", "group-s4", "group-s5", "group-z60", "mqar", "parity"]
 NAMES += ["bytes", "recall-perplexity"]
+NAMES += ["forgetting-mqar", "in-context-recall", "noisy-recall", "fuzzy-recall", "selective-copying", "memorization"]
+NAMES += ["compression"]
+NAMES += ["aggregate-count", "aggregate-mode", "aggregate-user", "composition", "copy", "dyck", "lost-in-the-middle"]
+NAMES += ["modular-arithmetic", "modular-arithmetic-brackets", "needle", "passkey", "phone-book", "pointer-chasing"]
+NAMES += ["reverse"]
 
 
 class Echo(Task):
