@@ -67,14 +67,14 @@ class Entry(_Data):
         """The task. Raises TaskError."""
         return load_task(self.task, **self.options)
 
-    def sized(self, recipe: Recipe | str) -> Recipe:
-        """The design at this entry's size, with the task's vocabulary. Raises DesignError."""
+    def sized(self, recipe: Recipe | str, width: int | None = None) -> Recipe:
+        """The design at this entry's size (or another width), with the task's vocabulary. Raises DesignError."""
         base = narrow_heads(load(recipe), self.head)
         overrides = [f"model.vocab={self.make().vocab}"]
         if not self.local:
             overrides += [f"model.mixers.{name}.local=none" for name, mixer in base.model.mixers.items()
                           if "local" in type(mixer).model_fields]
-        return fitted(base, self.width, self.layers, overrides)
+        return fitted(base, width or self.width, self.layers, overrides)
 
 
 def fitted(recipe: Recipe | str, width: int, layers: int, overrides: list[str]) -> Recipe:

@@ -63,7 +63,8 @@ class Pool:
         return [max(0.0, w.job.get("expected", 0.0) - (now - w.began)) for w in self.workers if w.job is not None]
 
     def run(self, take: Callable[[], Job | None], done: Callable[[Job, Outcome], None]) -> None:
-        """Give out what `take` returns until it returns None and all workers are idle.
+        """Give out what `take` returns until it returns None and all workers are idle; it is asked again whenever a
+        job ends, and every few seconds.
 
         `done(job, outcome)` is called for each: outcome is what the worker returned, or {"error": why}.
         """
@@ -85,7 +86,7 @@ class Pool:
             for worker in busy:
                 selector.register(worker.process.stdout, selectors.EVENT_READ, worker)  # type: ignore[arg-type]
             wait = max(0.0, min(w.deadline for w in busy) - time.monotonic())
-            ready = [key.data for key, _ in selector.select(min(wait, 3600.0))]
+            ready = [key.data for key, _ in selector.select(min(wait, 5.0))]
         now = time.monotonic()
         return ready + [w for w in busy if w not in ready and now >= w.deadline]
 
@@ -130,7 +131,10 @@ class Pool:
     @staticmethod
     def _signal(worker: _Worker, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
-            worker.process.send_signal(number)
+            if number == signal.SIGKILL and hasattr(os, "killpg"):
+                os.killpg(worker.process.pid, number)  # with whatever it started itself
+            else:
+                worker.process.send_signal(number)
 
     def _kill(self, worker: _Worker) -> None:
         self._signal(worker, signal.SIGKILL)

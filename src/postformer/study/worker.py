@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import sys
+import threading
 import time
 import traceback
 from functools import partial
@@ -16,9 +17,12 @@ from typing import Any
 
 def main() -> None:
     """Serve jobs until stdin closes. Whatever a job prints goes to stderr; only answers go to stdout."""
+    _die_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     import torch
+
+    from postformer.training.errors import Interrupted
 
     torch.set_num_threads(1)
     for line in sys.stdin:
@@ -27,11 +31,69 @@ def main() -> None:
             outcome = _JOBS[job["kind"]](job)
         except KeyboardInterrupt:
             raise
+        except Interrupted:
+            outcome = {"error": "interrupted", "interrupted": True}
         except BaseException as error:  # noqa: BLE001, RUF100 - also what a run raises to say that it was interrupted
             traceback.print_exc()
             text = str(error).strip().splitlines()
             outcome = {"error": f"{type(error).__name__}: {text[0]}" if text else type(error).__name__}
         print(json.dumps(outcome), file=answers, flush=True)
+
+
+def _die_with_parent() -> None:
+    """A runner that is killed must not leave trials running, which the next runner would start again beside them."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_trial(job: dict[str, Any]) -> dict[str, Any]:
+    """One trial in its directory: {"result": result.json, "test": {setting: figures}} (test of finals only)."""
+    from postformer.study.ledger import Ledger
+    from postformer.study.trial import Trial
+    from postformer.training import RunLocked, evaluate_task, load_run, train_task
+
+    sys.argv = shlex.split(job["command"])
+    spec, directory = Trial.model_validate_json(job["trial"]), Path(job["directory"])
+    entry, task = spec.entry, spec.entry.make()
+    for _ in range(50):
+        try:
+            result = train_task(spec.made, entry.task, None, spec.config(), directory, options=entry.options,
+                                progress="quiet", resume=True)
+            break
+        except RunLocked:  # by the worker of a runner that was just killed
+            time.sleep(0.2)
+    else:
+        raise RuntimeError(f"another process trains in {directory}; end it, then run the study again")
+    outcome: dict[str, Any] = {"result": result.model_dump(mode="json")}
+    if spec.stage == "final":
+        with Ledger(job["ledger"]) as ledger:
+            ledger.open_test(spec)
+        model = load_run(directory)[1]
+        outcome["test"] = evaluate_task(model, task, task.difficulties.evaluate, batch_size=entry.batch_size,
+                                        batches=entry.test_batches, stream="test")
+    found = [*result.validation.values(), *(v for s in outcome.get("test", {}).values() for v in s.values())]
+    if not all(map(math.isfinite, found)):
+        raise ValueError("its figures are not finite: the model's outputs are NaN or infinite")
+    return outcome
+
+
+def cost(job: dict[str, Any]) -> dict[str, Any]:
+    """What decoding costs after each context: {"decode": [...]}, measured alone on one thread."""
+    from postformer.design import load
+    from postformer.study.decode import measure_decode
+
+    return {"decode": measure_decode(load(job["recipe"]), job["contexts"], job["time_limit"])}
 
 
 def probe(job: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +180,7 @@ def train_config(key: str, steps: int, seed: int, time_limit: float | None = Non
     )  # fmt: skip
 
 
-_JOBS = {"probe": probe, "prepare": prepare, "train": train, "decode": decode}
+_JOBS = {"probe": probe, "prepare": prepare, "train": train, "decode": decode, "trial": run_trial, "cost": cost}
 
 if __name__ == "__main__":
     main()

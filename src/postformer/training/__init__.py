@@ -17,6 +17,7 @@ from postformer.training.errors import (
     Interrupted,
     OutOfMemory,
     RunExists,
+    RunLocked,
     TrainingError,
 )
 from postformer.training.evaluate import evaluate_split, evaluate_task
@@ -35,6 +36,7 @@ __all__ = [
     "Plan",
     "Result",
     "RunExists",
+    "RunLocked",
     "ScheduleConfig",
     "TrainConfig",
     "Trainer",

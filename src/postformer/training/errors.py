@@ -21,6 +21,10 @@ class RunExists(TrainingError):
     exit_code = 2
 
 
+class RunLocked(RunExists):
+    """Another process trains in the run's directory right now."""
+
+
 class Diverged(TrainingError):
     """The loss or its gradient is no longer a finite number."""
 

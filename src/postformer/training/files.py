@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from postformer.training.errors import DiskFull, RunExists
+from postformer.training.errors import DiskFull, RunLocked
 
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 
@@ -88,7 +88,7 @@ class Lock:
         except OSError:
             self.file.close()
             self.file = None
-            raise RunExists(
+            raise RunLocked(
                 f"{directory} is being trained by another process right now.",
                 "Wait for it to end, or give this run another directory.",
             ) from None

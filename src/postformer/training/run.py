@@ -109,18 +109,22 @@ def resume(directory: str | Path, *, corpus: Corpus | None = None, task: Task | 
     return _run(recipe, source, config, directory, progress, True)
 
 
-def load_run(directory: str | Path, step: int | None = None) -> tuple[Recipe, nn.Module]:
-    """The design of a run and its model with the weights of a checkpoint (None: the newest).
+def load_run(directory: str | Path, step: int | None = None, *, task: Task | None = None) -> tuple[Recipe, nn.Module]:
+    """The design of a run and its model with the weights of a checkpoint (None: the newest), inside the task's own
+    reading if it has one (see `Task.around`).
 
-    Raises CheckpointError or TrainingError if there is none.
+    task: if the one recorded cannot be loaded by name. Raises CheckpointError or TrainingError if there is none.
     """
     directory = Path(directory)
-    record.check_run(directory)
+    data = record.read_run(directory)["data"]
     recipe = record.read_recipe(directory)
     found = checkpoint.steps(directory / "checkpoints")
     if not found:
         raise TrainingError(f"{directory} has no checkpoint yet.", "Train it first, or resume it.")
     model = build_model(recipe, 0)
+    if task is None and data["kind"] == "task" and data["named"]:
+        task = load_named_task(data["name"], **data["options"])
+    model = model if task is None else task.around(model)
     checkpoint.load_weights(model, directory / "checkpoints" / f"step-{step or found[-1]}" / checkpoint.WEIGHTS)
     return recipe, model
 

@@ -1,0 +1,104 @@
+"""Cell: one design on one entry, and the trials that judge it.
+
+The learning rates are halved by their validation scores until at most three are left; those get a quarter of the
+budget, and the best of them the whole of it, once per seed. Only these final trials read the test split.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from postformer.design import Recipe
+from postformer.study.entry import Entry
+from postformer.study.ledger import Outcome
+from postformer.study.trial import Trial
+from postformer.task import setting_name
+
+SHARE = 4
+"""The sweep's last round has one part in so many of the budget."""
+SWEEP_SEED = 1_000_000
+"""Of sweeps: no final trial has the luck that its rate was chosen by."""
+
+
+@dataclass
+class Cell:
+    design: str
+    entry: Entry
+    recipe: Recipe
+    """At the entry's size"""
+    seeds: int
+    _made: dict[tuple[Any, ...], Trial] = field(default_factory=dict)
+
+    def trial(self, stage: str, rate: float, seed: int, tokens: int) -> Trial:
+        """One of this cell; the same object every time."""
+        key = (stage, rate, seed, tokens)
+        if key not in self._made:
+            self._made[key] = Trial(design=self.design, recipe=self.recipe.said(), entry=self.entry,
+                                    stage=stage, rate=rate, seed=seed, tokens=tokens)  # type: ignore[arg-type]
+        return self._made[key]
+
+    def sweep(self, outcomes: Mapping[str, Outcome]) -> list[list[Trial]]:
+        """The rounds of the sweep as far as they are known; each round's trials by rate."""
+        rates: Sequence[float] = sorted(self.entry.rates)
+        sizes = [len(rates)]
+        while sizes[-1] > 3:
+            sizes.append(max(1, sizes[-1] // 2))
+        rounds: list[list[Trial]] = []
+        for left in range(len(sizes) - 1, -1, -1):
+            tokens = max(1, self.entry.tokens // (SHARE * 2**left))
+            rounds.append([self.trial("sweep", rate, SWEEP_SEED, tokens) for rate in rates])
+            if not left:
+                break
+            ranked = self._ranked(rounds[-1], outcomes)
+            if ranked is None:
+                break
+            rates = sorted(t.rate for t in ranked[: sizes[len(rounds)]])
+        return rounds
+
+    def rate(self, outcomes: Mapping[str, Outcome]) -> float | None:
+        """The best rate; None while it is not known, or if every rate failed."""
+        ranked = self._ranked(self.sweep(outcomes)[-1], outcomes)
+        return ranked[0].rate if ranked else None
+
+    def finals(self, outcomes: Mapping[str, Outcome]) -> list[Trial]:
+        """Those that count; none while the rate is not known."""
+        rate = self.rate(outcomes)
+        return [] if rate is None else [self.trial("final", rate, seed, self.entry.tokens)
+                                        for seed in range(self.seeds)]
+
+    def wanted(self, outcomes: Mapping[str, Outcome]) -> list[Trial]:
+        """All trials that are known to be needed."""
+        return [t for part in self.sweep(outcomes) for t in part] + self.finals(outcomes)
+
+    def unknown(self, outcomes: Mapping[str, Outcome]) -> int:
+        """How many more will be needed, about."""
+        if self.finals(outcomes) or self.failed(outcomes):
+            return 0
+        return self.seeds
+
+    def failed(self, outcomes: Mapping[str, Outcome]) -> bool:
+        """Whether no rate could be trained."""
+        last = self.sweep(outcomes)[-1]
+        return all(t.id in outcomes and outcomes[t.id].status != "finished" for t in last)
+
+    def score(self, outcome: Outcome) -> float:
+        """The task's metric on the validation split, the mean over all evaluation settings."""
+        task = self.entry.make()
+        found = outcome.data["result"]["validation"]
+        return statistics.mean(found[f"{setting_name(s)}/{task.metric}"] for s in task.difficulties.evaluate)
+
+    def _ranked(self, trials: list[Trial], outcomes: Mapping[str, Outcome]) -> list[Trial] | None:
+        """Best first, without those that failed; None while some are not known."""
+        if any(t.id not in outcomes for t in trials):
+            return None
+        sign = -1 if self.entry.make().better == "higher" else 1
+
+        def key(trial: Trial) -> tuple[float, int, float]:
+            outcome = outcomes[trial.id]
+            # Where several solve the task, the one that needed least of it; then the slower rate.
+            return sign * round(self.score(outcome), 6), outcome.data["result"]["tokens"], trial.rate
+
+        return sorted((t for t in trials if outcomes[t.id].status == "finished"), key=key)
