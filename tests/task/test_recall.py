@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -88,6 +89,52 @@ def test_two_slots_are_drawn_one_after_the_other():
     assert chi2 < 31.3  # 11 degrees of freedom, p = 0.001
 
 
+def published(length, pairs, vocab, rows, seed, power=0.01):
+    """Zoology's algorithm, row by row with numpy -> keys, values [rows, pairs], and the slots where keys are asked."""
+    rng = np.random.default_rng(seed)
+    space = (length - 2 * pairs) // 2
+    p = power * np.arange(1, space + 1) ** (power - 1)
+    p /= p.sum()
+    drawn = [
+        (
+            rng.choice(np.arange(1, vocab // 2), size=pairs, replace=False),
+            rng.choice(np.arange(vocab // 2, vocab), size=pairs, replace=False),
+            rng.choice(space, size=pairs, replace=False, p=p),
+        )
+        for _ in range(rows)
+    ]
+    return tuple(torch.tensor(np.stack(kind)) for kind in zip(*drawn, strict=True))
+
+
+def alike(a, b, size):
+    """Whether two samples of 0..size-1 come from one distribution: chi-squared of two histograms, p = 0.001."""
+    counts = torch.stack([x.flatten().bincount(minlength=size).double() for x in (a, b)])
+    counts = counts[:, counts.sum(0) > 0]
+    expected = counts.sum(1, keepdim=True) * counts.sum(0) / counts.sum()
+    freedom = counts.shape[1] - 1
+    chi2 = ((counts - expected) ** 2 / expected).sum().item()
+    return chi2 < freedom * (1 - 2 / (9 * freedom) + 3.09 * math.sqrt(2 / (9 * freedom))) ** 3  # Wilson and Hilferty
+
+
+def test_the_statistics_are_those_of_the_published_algorithm():
+    length, pairs, vocab, rows = 40, 5, 24, 8000
+    batch = MQAR(vocab=vocab).batch((length, pairs), rows, task.seeded(0))
+    keys, values = batch.tokens[:, 0 : 2 * pairs : 2], batch.tokens[:, 1 : 2 * pairs : 2]
+    asked = (batch.tokens[:, None] == keys[..., None]) & batch.scored[:, None]  # [rows, pairs, length]
+    assert (asked.sum(2) == 1).all()
+    slots = (asked.int().argmax(2) - 2 * pairs) // 2
+    wanted_keys, wanted_values, wanted_slots = published(length, pairs, vocab, rows, 1)
+    for i in (0, 2, pairs - 1):
+        assert alike(keys[:, i], wanted_keys[:, i], vocab)
+        assert alike(values[:, i], wanted_values[:, i], vocab)
+        assert alike(slots[:, i], wanted_slots[:, i], 15)
+    # Two at once: without replacement, a later slot is not drawn by p.
+    assert alike(15 * slots[:, 0] + slots[:, 1], 15 * wanted_slots[:, 0] + wanted_slots[:, 1], 225)
+    assert alike(15 * slots[:, 3] + slots[:, 4], 15 * wanted_slots[:, 3] + wanted_slots[:, 4], 225)
+    assert not alike(slots[:, 0], wanted_slots[:, 4], 15)
+    assert not alike(slots[:, 0], published(length, pairs, vocab, rows, 2, power=0.2)[2][:, 0], 15)
+
+
 def test_keys_values_and_fillers_are_uniform():
     mqar, rows = MQAR(vocab=32), 8000
     batch = mqar.batch((32, 3), rows, task.seeded(0))
@@ -137,6 +184,70 @@ def test_a_setting_may_be_a_list():
     assert MQAR(train=[[16, 4], [32, 4]], evaluate=[[16, 4]]).difficulties.train == ((16, 4), (32, 4))
 
 
+def latest(tokens, context):
+    """Reads the context's pairs in order, so that a later value replaces an earlier one."""
+    rows = []
+    for row in tokens.tolist():
+        bound = dict(zip(row[0:context:2], row[1:context:2], strict=True))
+        rows.append([bound.get(token, 0) for token in row])
+    return torch.tensor(rows)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 10), st.integers(0, 9), st.sampled_from([0.3, 0.5, 0.75]), st.integers(0, 1000))
+def test_rewritten_keys_are_asked_for_their_latest_value(pairs, spare, rewrite, seed):
+    rewritten = round(rewrite * pairs)
+    context = 2 * (pairs + rewritten)
+    setting = (context + 2 * (pairs + spare), pairs)
+    if not 0 < rewritten < pairs:
+        with pytest.raises(TaskError, match=f"of {pairs} keys, rewrite={rewrite} changes {rewritten}"):
+            MQAR(64, rewrite=rewrite, train=setting)
+        return
+    mqar = MQAR(64, rewrite=rewrite, train=setting, evaluate=setting)
+    batch = mqar.batch(setting, 8, task.seeded(seed))
+    assert mqar.score(latest(batch.tokens, context), batch) == dict.fromkeys(METRICS, 1.0)
+    keys, values = batch.tokens[:, 0:context:2], batch.tokens[:, 1:context:2]
+    assert ((values >= 32) & (values < 64)).all()
+    for row in range(8):
+        assert keys[row, :pairs].unique().numel() == pairs
+        assert values[row, :pairs].unique().numel() == pairs
+        assert keys[row, pairs:].unique().numel() == rewritten
+        first = dict(zip(keys[row, :pairs].tolist(), values[row, :pairs].tolist(), strict=True))
+        assert all(first[k] != v for k, v in zip(keys[row, pairs:].tolist(), values[row, pairs:].tolist(), strict=True))
+        assert batch.scored[row].nonzero().min() >= context
+        asked = batch.tokens[row, batch.scored[row]]
+        assert asked.sort().values.tolist() == keys[row, :pairs].sort().values.tolist()
+
+
+def test_who_forgets_nothing_scores_the_shortcut_of_forgetting():
+    mqar, setting, rows = task.load("forgetting-mqar"), (40, 7), 1000
+    assert mqar.name == "forgetting-mqar"
+    batch = mqar.batch(setting, rows, task.seeded(0))
+    score = mqar.score(answer(batch.tokens, 7), batch)["token_accuracy"]
+    assert score == pytest.approx(mqar.shortcut(setting)) == pytest.approx(3 / 7)  # round(3.5) = 4 are rewritten
+    guess = mqar.guess(batch, task.seeded(1))
+    chance = mqar.chance(setting)
+    score = mqar.score(guess, batch)["token_accuracy"]
+    assert abs(score - chance) < 4 * math.sqrt(chance * (1 - chance) / (7 * rows))
+    other = mqar.batch(setting, rows, task.seeded(1))
+    assert not torch.equal(batch.tokens, other.tokens)
+
+
+def test_which_keys_are_rewritten_in_which_order_and_to_what():
+    mqar, rows = MQAR(vocab=16, rewrite=0.5, train=(24, 4), evaluate=(24, 4)), 20_000
+    batch = mqar.batch((24, 4), rows, task.seeded(0))
+    keys, values = batch.tokens[:, 0:12:2], batch.tokens[:, 1:12:2]
+    which = (keys[:, 4:, None] == keys[:, None, :4]).int().argmax(2)
+    counts = (4 * which[:, 0] + which[:, 1]).bincount(minlength=16).double()
+    assert (counts[::5] == 0).all()
+    expected = rows / 12
+    assert ((counts[counts > 0] - expected) ** 2 / expected).sum() < 31.3  # 11 degrees of freedom, p = 0.001
+    change = (values[:, 4] - values.gather(1, which[:, :1])[:, 0]) % 8
+    counts = change.bincount(minlength=8).double()
+    assert counts[0] == 0
+    assert ((counts[1:] - rows / 7) ** 2 / (rows / 7)).sum() < 22.5  # 6 degrees of freedom, p = 0.001
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -160,6 +271,8 @@ def test_settings_that_make_no_sense(setting, message):
         ({"power": 0.0}, "positive"),
         ({"power": float("nan")}, "positive"),
         ({"train": ()}, "no training setting"),
+        ({"rewrite": 1.0}, "from 0 to below 1"),
+        ({"rewrite": 0.5, "train": (16, 4)}, "2 \\* rewritten = 20"),
         ({"vocab": 16}, "use vocab=18 or more"),
     ],
 )

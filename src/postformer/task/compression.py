@@ -106,17 +106,12 @@ class Reader(nn.Module):
         self.model: Any = model
         width: int = self.model.design.width
         first = next(model.parameters())
-        self.decoder = nn.Sequential(
-            RMSNorm(width), nn.Linear(width, width), nn.GELU(), RMSNorm(width), nn.Linear(width, width), nn.GELU(),
-            RMSNorm(width),
-        ).to(first)
-        generator = seeded("decoder", *first.detach().flatten()[:8].tolist())
-        for name, parameter in self.decoder.named_parameters():
-            if parameter.ndim == 2:
-                drawn = torch.randn(parameter.shape, generator=generator) * width**-0.5
-                parameter.data.copy_(drawn)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeded("decoder", *first.detach().flatten()[:8].tolist()).initial_seed())
+            self.decoder = nn.Sequential(
+                RMSNorm(width), nn.Linear(width, width), nn.GELU(),
+                RMSNorm(width), nn.Linear(width, width), nn.GELU(), RMSNorm(width),
+            ).to(first)
 
     @property
     def gradient_checkpointing(self) -> bool:

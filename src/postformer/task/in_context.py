@@ -57,7 +57,7 @@ class InContextRecall(Task):
         noise: int = 0,
         fraction: float = 0.0,
         motif: int = 1,
-        train: Setting | Sequence[Setting] = ((64, 4), (64, 7)),
+        train: Setting | Sequence[Setting] = ((64, 4), (64, 8)),
         evaluate: Setting | Sequence[Setting] | None = None,
     ) -> None:
         self.name = "fuzzy-recall" if motif != 1 else "noisy-recall" if fraction else "in-context-recall"
