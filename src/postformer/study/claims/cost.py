@@ -107,8 +107,8 @@ def quadratic(results: Results, quick: bool) -> Claim:
         test="Exponent of the length in the multiply-adds that PyTorch counts on the token-by-token kernels, and in "
         f"the least seconds of several repeats (one thread, {top[0]:,} to {top[-1]:,} tokens). "
         "It holds if the counts have the predicted exponents within 0.01 and the clock tells the two apart by more "
-        "than half the predicted gap of 1; where only the clock does not, it is undecided. The theorem itself is about all "
-        "algorithms and is not tested.",
+        "than half the predicted gap of 1; where only the clock does not, it is undecided. The theorem itself is about "
+        "all algorithms and is not tested.",
         figures=tuple(figures),
         verdict="does not hold" if not all(exact) else "holds" if all(apart) else "undecided",
         reason=f"{sum(exact)} of 4 counted exponents are the predicted ones. {clock}",
