@@ -115,7 +115,7 @@ def test_a_task_that_breaks_is_one_failed_cell(visible, tmp_path):
     found = run_gauntlet(plan, tmp_path / "g", workers=2, limit=300, costs=False, progress=lines.append)
     by_task = {cell["task"]: cell for cell in found["cells"]}
     assert by_task["same"]["status"] == "finished"
-    for task, why in (("crash", "the generator broke"), ("die", "exit code 3"), ("nan", "finite")):
+    for task, why in (("crash", "the generator broke"), ("die", "exit code 3"), ("nan", "loss is nan")):
         cell = by_task[task]
         assert cell["status"] == "failed"
         assert cell["seeds"] == []
@@ -219,3 +219,19 @@ def test_matched_designs_are_equal(on):
 
     amounts = [amount(c.recipe, c.entry, on) for c in plan.cells]
     assert max(amounts) / min(amounts) < 1.1
+
+
+def test_a_ray_cluster_gives_the_same(visible, installed, tmp_path):
+    """A local cluster, in a process of its own: the same trials, the same ledger."""
+    pytest.importorskip("ray")
+    words = [sys.executable, "-m", "postformer", "gauntlet", "gla", "--tasks", "same,crash", "--seeds", "1", "--quiet"]
+    words += [word for change in SMALL for word in ("-s", change)]
+    texts = []
+    for workers in ("2", "ray"):
+        directory = tmp_path / workers
+        subprocess.run([*words, "--workers", workers, "--out", str(directory)], check=True, capture_output=True)
+        found = json.loads((directory / "gauntlet.json").read_text())
+        assert [cell["status"] for cell in found["cells"]] == ["finished", "failed"]
+        texts.append([(c["sweep"], [s["test"] for s in c["seeds"]], [f["why"] for f in c["failures"]])
+                      for c in found["cells"]])
+    assert texts[0] == texts[1]

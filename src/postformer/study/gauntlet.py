@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from postformer.design import Recipe
 from postformer.study import results
@@ -29,6 +29,7 @@ from postformer.study.entry import Entry
 from postformer.study.ledger import Ledger, Outcome
 from postformer.study.match import Quantity, amount, matched
 from postformer.study.pool import Job, Pool
+from postformer.study.ray_pool import RayPool
 from postformer.study.trial import Trial
 from postformer.training.files import write_text
 
@@ -81,12 +82,12 @@ class Plan:
                       if (layers := len(cell.recipe.model.stack)) > cell.entry.layers]
 
 
-def run_gauntlet(plan: Plan, directory: str | Path, *, workers: int | None = None, limit: float = LIMIT,
+def run_gauntlet(plan: Plan, directory: str | Path, *, workers: int | Literal["ray"] | None = None, limit: float = LIMIT,
                  costs: bool = True, merge: str | None = None,
                  progress: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Run what the ledger of the directory does not have yet -> the content of gauntlet.json.
 
-    workers: processes of one thread each; None: one per core. limit: seconds that a trial may take. costs: measure
+    workers: processes of one thread each; None: one per core; "ray": those of a Ray cluster. limit: seconds that a trial may take. costs: measure
     decoding too, at the end. merge: an exported ledger to take over first.
 
     A trial that fails is recorded and the others go on. Raises LedgerError, TestSplitRead; KeyboardInterrupt after
@@ -108,13 +109,13 @@ class _Session:
         self.outcomes: dict[str, Outcome] = {}
         self.written = 0.0
 
-    def run(self, workers: int, costs: bool) -> dict[str, Any]:
+    def run(self, workers: int | Literal["ray"], costs: bool) -> dict[str, Any]:
         ended = threading.Event()
         renewing = threading.Thread(target=self._renew, args=(ended,), daemon=True)
         renewing.start()
         try:
             while self._open():
-                with Pool(min(workers, max(1, len(self._open()))), self.directory / "logs") as pool:
+                with self._pool(workers) as pool:
                     pool.run(self._take, self._done)
                 if self._open():
                     time.sleep(1)  # another runner of this ledger works on what is left
@@ -129,6 +130,10 @@ class _Session:
             found = self.write()
             write_text(self.directory / "ledger.jsonl", self.ledger.export())
         return found
+
+    def _pool(self, workers: int | Literal["ray"]) -> Pool | RayPool:
+        logs = self.directory / "logs"
+        return RayPool(logs) if workers == "ray" else Pool(min(workers, max(1, len(self._open()))), logs)
 
     def _renew(self, ended: threading.Event) -> None:
         while not ended.wait(10):
@@ -146,8 +151,10 @@ class _Session:
         trial = self.ledger.take(self._open())
         if trial is None:
             return None
+        if test := trial.stage == "final":
+            self.ledger.open_test(trial)
         return {"kind": "trial", "trial": trial.model_dump_json(exclude_unset=True), "directory": str(self._run(trial)),
-                "ledger": str(self.ledger.path), "command": self.plan.command, "limit": self.limit, "spec": trial.id}
+                "test": test, "command": self.plan.command, "limit": self.limit, "spec": trial.id}
 
     def _run(self, trial: Trial) -> Path:
         return self.directory / "trials" / trial.id

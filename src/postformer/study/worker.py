@@ -22,22 +22,25 @@ def main() -> None:
     os.dup2(2, 1)
     import torch
 
-    from postformer.training.errors import Interrupted
-
     torch.set_num_threads(1)
     for line in sys.stdin:
-        job = json.loads(line)
-        try:
-            outcome = _JOBS[job["kind"]](job)
-        except KeyboardInterrupt:
-            raise
-        except Interrupted:
-            outcome = {"error": "interrupted", "interrupted": True}
-        except BaseException as error:  # noqa: BLE001, RUF100 - also what a run raises to say that it was interrupted
-            traceback.print_exc()
-            text = str(error).strip().splitlines()
-            outcome = {"error": f"{type(error).__name__}: {text[0]}" if text else type(error).__name__}
-        print(json.dumps(outcome), file=answers, flush=True)
+        print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
+
+
+def answer(job: dict[str, Any]) -> dict[str, Any]:
+    """What a job of any kind comes to; its error where it has none."""
+    from postformer.training.errors import Interrupted
+
+    try:
+        return _JOBS[job["kind"]](job)
+    except KeyboardInterrupt:
+        raise
+    except Interrupted:
+        return {"error": "interrupted", "interrupted": True}
+    except BaseException as error:  # noqa: BLE001, RUF100 - also what a run raises to say that it was interrupted
+        traceback.print_exc()
+        text = str(error).strip().splitlines()
+        return {"error": f"{type(error).__name__}: {text[0]}" if text else type(error).__name__}
 
 
 def _die_with_parent() -> None:
@@ -58,8 +61,10 @@ def _die_with_parent() -> None:
 
 
 def run_trial(job: dict[str, Any]) -> dict[str, Any]:
-    """One trial in its directory: {"result": result.json, "test": {setting: figures}} (test of finals only)."""
-    from postformer.study.ledger import Ledger
+    """One trial in its directory: {"result": result.json, "test": {setting: figures}}.
+
+    The test split is read where the job has leave to, which `Ledger.open_test` gives.
+    """
     from postformer.study.trial import Trial
     from postformer.training import RunLocked, evaluate_task, load_run, train_task
 
@@ -76,9 +81,7 @@ def run_trial(job: dict[str, Any]) -> dict[str, Any]:
     else:
         raise RuntimeError(f"another process trains in {directory}; end it, then run the study again")
     outcome: dict[str, Any] = {"result": result.model_dump(mode="json")}
-    if spec.stage == "final":
-        with Ledger(job["ledger"]) as ledger:
-            ledger.open_test(spec)
+    if job["test"]:
         model = load_run(directory)[1]
         outcome["test"] = evaluate_task(model, task, task.difficulties.evaluate, batch_size=entry.batch_size,
                                         batches=entry.test_batches, stream="test")

@@ -18,8 +18,8 @@ def gauntlet(
     match: Annotated[str | None, typer.Option(help="Make designs equal in params, flops or state.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Trials that count, per design and task.")] = 3,
     out: Annotated[Path, typer.Option(help="Directory; the same one continues.")] = Path("runs/gauntlet"),
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes of one thread each; default one per core.")]
-    = None,
+    workers: Annotated[str | None, typer.Option(
+        metavar="NUMBER|ray", help="Processes of one thread each, default one per core; or a Ray cluster.")] = None,
     merge: Annotated[Path | None, typer.Option(help="A ledger.jsonl of another machine to take over first.")] = None,
     claims: Annotated[bool, typer.Option(help="Judge what is claimed in the literature, by this study.")] = False,
     set_: Annotated[list[str] | None, typer.Option(
@@ -46,17 +46,20 @@ def gauntlet(
 
 
 def _run(recipes: list[str], tier: str, tasks: str | None, match: str | None, seeds: int, out: Path,
-         workers: int | None, merge: Path | None, changes: list[str], quiet: bool) -> dict[str, Any]:
+         workers: str | None, merge: Path | None, changes: list[str], quiet: bool) -> dict[str, Any]:
     from postformer.study.asking import ask
     from postformer.study.gauntlet import command_line, run_gauntlet
 
+    if workers is not None and workers != "ray" and not (workers.isdigit() and int(workers)):
+        raise typer.BadParameter(f"--workers is {workers!r}; give a number of processes, or ray")
+    count = "ray" if workers == "ray" else workers and int(workers)
     text = None if merge is None else merge.read_text(encoding="utf-8")
     plan = ask(recipes, tier, tasks, match=match, seeds=seeds, changes=changes, command=command_line(
         f"postformer gauntlet {' '.join(recipes)}"))
     if not quiet:
         for line in plan.lines():
             print(line)
-    return run_gauntlet(plan, out, workers=workers, merge=text, progress=(lambda _: None) if quiet else None)
+    return run_gauntlet(plan, out, workers=count or None, merge=text, progress=(lambda _: None) if quiet else None)
 
 
 def _judge(out: Path, found: dict[str, Any] | None, quiet: bool) -> dict[str, Any]:

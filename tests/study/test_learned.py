@@ -1,0 +1,44 @@
+"""Every entry that says so can be learned: the recipe it names reaches 0.9 at the easiest setting, from these tokens."""
+
+import pytest
+
+from postformer.study.cell import Cell
+from postformer.study.entry import TIERS, Entry, tier
+from postformer.task import setting_name
+from postformer.training import evaluate_task, load_run, train_task
+
+ENTRIES = {f"{name}-{key}": entry for name in TIERS for key, entry in tier(name).items()}
+CLAIMED = {key: entry for key, entry in ENTRIES.items() if entry.learned and not key.startswith("paper")}
+
+
+@pytest.mark.parametrize("name", CLAIMED)
+def test_it_is_learned(name, tmp_path):
+    entry: Entry = CLAIMED[name]
+    learned = entry.learned
+    task = entry.make()
+    cell = Cell(learned.recipe, entry, entry.sized(learned.recipe), 1)
+    trial = cell.trial("final", learned.rate, 0, learned.tokens)
+    train_task(trial.made, entry.task, None, trial.config(), tmp_path / "run", options=entry.options, progress="quiet")
+    found = evaluate_task(load_run(tmp_path / "run")[1], task, [learned.setting], batch_size=64, batches=8,
+                          stream="test")[setting_name(learned.setting)][task.metric]
+    if task.better == "lower":  # bits: clearly below what the frequencies of the symbols give
+        assert found < 0.9 * task.shortcut(learned.setting)
+    else:
+        assert found >= 0.9
+        assert found > 2 * task.chance(learned.setting)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_entries_make_sense(name):
+    """Its task is made, its settings are the task's, its budget is some steps, and an unlearned one says what was seen."""
+    entry = ENTRIES[name]
+    task = entry.make()
+    assert task.difficulties.train
+    assert task.difficulties.evaluate
+    assert list(entry.rates) == sorted(entry.rates)
+    assert entry.learned or entry.note, "no recipe is known to learn it: say what was tried"
+    if entry.learned:
+        easiest = (task.difficulties.inside or task.difficulties.evaluate)[0]
+        assert entry.learned.setting in task.difficulties.evaluate
+        assert entry.learned.setting == easiest
+        assert entry.learned.tokens <= entry.tokens
