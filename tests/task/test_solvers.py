@@ -76,9 +76,9 @@ def followed(made, row):
     hops = row[say] - (made.vocab - made.hops) + 1
     answers = {}
     for t in range(say + 1, len(row)):
-        symbol = row[t]
-        for _ in range(hops):
-            symbol = pointer[symbol]
+        symbol = pointer[row[t]]
+        for _ in range(hops - 1):
+            symbol = pointer[symbol if made.functions else symbol + made.symbols]
         answers[t] = symbol
     return answers
 
@@ -120,11 +120,11 @@ def last_opened(made, row, _):
 
 def some_symbol(made, row, rng):
     say = len(row) - made.questions - 1
-    if made.functions:
-        there = sorted({token for token in row[:say] if token < made.symbols})
-        return {t: rng.choice(there) for t in range(say + 1, len(row))}
-    there = sorted(set(row[:say]))
-    return {t: rng.choice([symbol for symbol in there if symbol != row[t]]) for t in range(say + 1, len(row))}
+    there = sorted({token for token in row[:say] if token < made.symbols})
+    return {
+        t: rng.choice([symbol for symbol in there if made.functions or symbol + made.symbols != row[t]])
+        for t in range(say + 1, len(row))
+    }
 
 
 def some_line(made, row, rng):
@@ -311,8 +311,8 @@ def test_needles_lie_anywhere():
 def test_pointers_are_one_cycle():
     made = Hops()
     for row in made.batch((21, 3), 30, task.seeded(0)).tokens.tolist():
-        pointer = {row[i]: row[i + 1] for i in range(0, 16, 2)}
-        symbol, seen = row[0], set()
+        pointer = {row[i] - made.symbols: row[i + 1] for i in range(0, 16, 2)}
+        symbol, seen = row[1], set()
         while symbol not in seen:
             seen.add(symbol)
             symbol = pointer[symbol]

@@ -1,12 +1,13 @@
 """Hops: follow pairs given in any order for k steps.
 
-    d a  b d  a c  c b  HOPS2 d b        targets c a: from d to a to c, from b to d to a
+    d> a  b> d  a> c  c> b  HOPS2 d> b>        targets c a: from d to a to c, from b to d to a
 
-Pointer chasing: the pairs are one cycle over n symbols, and k is said before the questions. Function composition: the
-pairs are k one-to-one functions, each from its own set of symbols to the next one's, shuffled together, and the last
-set's symbol is asked. A layer of attention or a state-space layer of bounded width needs memory in proportion to the
-symbols to compose two functions ("On limitations of the Transformer architecture", arXiv 2402.08164; for state-space
-models arXiv 2405.16674), and k hops need depth that grows with log k (arXiv 2402.09268).
+Pointer chasing: the pairs are one cycle over n symbols, and k is said before the questions. A symbol has one token as
+where a pointer starts and another as where it ends, so that the order of tokens need not tell. Function composition:
+the pairs are k one-to-one functions, each from its own set of symbols to the next one's, shuffled together, and the
+last set's symbol is asked. A layer of attention or a state-space layer of bounded width needs memory in proportion to
+the symbols to compose two functions ("On limitations of the Transformer architecture", arXiv 2402.08164; for
+state-space models arXiv 2405.16674), and k hops need depth that grows with log k (arXiv 2402.09268).
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Hops(Task):
                 raise TaskError(f"task {self.name}: {option} is {value!r}; give at least 1")
         self.functions, self.symbols, self.hops, self.questions = functions, symbols, hops, questions
         self.answers = (0, symbols)
-        self._say = symbols * (hops + 1) if functions else symbols
+        self._say = symbols * (hops + 1 if functions else 2)
         self.vocab = self._say + hops
         if train is None:
             train = [self.pairs(8, k) for k in range(1, (hops + 1) // 2 + 1)]
@@ -124,8 +125,8 @@ class Hops(Task):
             pairs = torch.stack([paths[:, :-1], paths[:, 1:]], 3).flatten(1, 2)
         else:
             cycle = draw()
-            paths = torch.stack([cycle.roll(-s, 1) for s in range(hops + 1)], 1)
-            pairs = torch.stack([cycle, cycle.roll(-1, 1)], 2)
+            paths = torch.stack([cycle + self.symbols, *(cycle.roll(-s, 1) for s in range(1, hops + 1))], 1)
+            pairs = torch.stack([paths[:, 0], paths[:, 1]], 2)
         order = distinct(pairs.shape[1], batch_size, pairs.shape[1], generator)
         pairs = pairs.gather(1, order[..., None].expand(pairs.shape))
 
