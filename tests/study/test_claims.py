@@ -35,7 +35,8 @@ def made(key, settings, scores, metric="token_accuracy", better="higher", state=
     return {
         "designs": [{"key": design} for design in scores],
         "tasks": [{"key": key, "metric": metric, "better": better, "settings": [
-            {"setting": list(s) if isinstance(s, tuple) else s, "name": keys[s], "inside": inside, "chance": 0.1}
+            {"setting": list(s) if isinstance(s, tuple) else s, "name": keys[s], "inside": inside,
+             "chance": 8.0 if better == "lower" else 0.05, "shortcut": 3.0 if better == "lower" else 0.08}
             for s, inside in settings.items()]}],
         "cells": cells,
     }
@@ -75,8 +76,9 @@ def test_what_needs_results_says_which_command_makes_them(every):
     waiting = [claim for claim in every if claim.verdict == "needs results"]
     assert [claim.id for claim in waiting] == ["T3", "T4", "T5", "T6", "T12", "T13", "T14"]
     for claim in waiting:
-        _, designs, asked = re.fullmatch(
-            r"(postformer gauntlet) ([\w. -]+?) --tier standard --tasks ([\w-]+) --claims", claim.command).groups()
+        command = re.fullmatch(r"postformer gauntlet ([\w. -]+?) --tier standard --tasks ([\w-]+) --claims", claim.command)
+        assert command
+        designs, asked = command.groups()
         assert set(designs.split()) <= set(names())
         assert asked in (*task.names(), "s3")
     assert [claim.id for claim in every if claim.verdict == "not testable here"] == ["T7", "T8", "T15"]
@@ -219,6 +221,9 @@ def test_the_memory_fails_for_its_size_alone(monkeypatch):
 def test_three_forms_of_one_memory(every):
     assert every[10].verdict == "holds"
     rule = duality.memory(torch.float64, 5)
+    assert rule.g is not None
+    assert rule.k_add is not None
+    assert rule.v_add is not None
     q, g, k, v = rule.q, rule.g.exp(), rule.k_add, rule.v_add
     state, rows = torch.zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=torch.float64), []
     for t in range(5):
@@ -311,7 +316,7 @@ def test_state_tracking_is_about_lengths_beyond_training():
 def composed(hybrid, delta, space, params=1000):
     return made("composition", {(17, 2): True, (33, 4): True, (65, 4): False}, {
         name: {(17, 2): around(1), (33, 4): around(value), (65, 4): around(0.1)}
-        for name, value in {"qwen3-next": hybrid, "gla": 0.1, "gated-deltanet": delta, "mamba": space}.items()},
+        for name, value in {"qwen3-next": hybrid, "gla": delta / 2, "gated-deltanet": delta, "mamba": space}.items()},
         params=params)
 
 
@@ -379,3 +384,17 @@ def test_tasks_without_a_result_decide_nothing(maker):
     for key in ("recall-perplexity", "bytes", "composition", "aggregate-count", "mqar", "parity"):
         results = made(key, {(64, 1): True, (64, 2): True, (128, 2): False}, {"transformer": {(64, 1): []}})
         assert judged(maker, results).verdict == "needs results"
+
+
+@pytest.mark.parametrize(("maker", "results"), [
+    (trained.recall_and_memory, recalled((0.01, 0.02, 0.03, 0.04, 0.05, 0.06))),
+    (trained.hierarchy, composed(0.07, 0.04, 0.02)), (trained.density, counted((0.07, 0.07), (0.02, 0.02))),
+    (trained.recall_perplexity,
+     in_bits("recall-perplexity", {"transformer": 2.0, "gated-deltanet": 3.2, "mamba": 3.5}, "hit_bits")),
+    (trained.bytes_favour_state_space, in_bits("bytes", {"transformer": 3.5, "mamba": 2.9}, "bits_per_byte"))])
+def test_who_has_learned_nothing_decides_nothing(maker, results):
+    """Otherwise, in this order, every one of them would hold."""
+    assert judged(maker, results).verdict == "undecided"
+    for setting in results["tasks"][0]["settings"]:
+        setting["shortcut"] = setting["chance"] = 8.0 if results["tasks"][0]["better"] == "lower" else 0.0
+    assert judged(maker, results).verdict == "holds"

@@ -158,7 +158,7 @@ def test_both_halves_make_up_the_whole():
 
 
 def test_hits_are_a_minority_in_every_setting():
-    loaded = task.load("recall-perplexity")
+    loaded = RecallPerplexity()
     for setting in loaded.difficulties.evaluate:
         share = loaded.hits(loaded.on("validation").batch(setting, 64, task.seeded(0))).double().mean().item()
         assert 0.1 < share < 0.5
@@ -173,7 +173,7 @@ def test_what_makes_no_sense_is_refused(small):
         Bytes(small).on("test").batch(100_000, 1, task.seeded(0))
     with pytest.raises(TaskError, match="a length of at least 1"):
         Bytes(small, train=(16, 0))
-    with pytest.raises(TaskError, match="no training length"):
+    with pytest.raises(TaskError, match="no training setting"):
         Bytes(small, train=())
     with pytest.raises(TaskError, match=r"order is 7; give 1 to 6"):
         RecallPerplexity(order=7)

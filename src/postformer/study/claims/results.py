@@ -35,7 +35,7 @@ class Results:
     """The dict of a gauntlet's results, or None.
 
     {"designs": [{"key"}],
-    "tasks": [{"key", "metric", "better", "settings": [{"setting", "name", "inside", "chance"}]}],
+    "tasks": [{"key", "metric", "better", "settings": [{"setting", "name", "inside", "chance", "shortcut"}]}],
     "cells": [{"design", "task", "params", "flops_per_token", "state_bytes": {setting name: bytes},
     "seeds": [{"seed", "test": {setting name: {metric: value}}}], "failures": []}]}
     """
@@ -63,6 +63,11 @@ class Results:
         seeds = self.cells.get((design, task), {}).get("seeds", [])
         values = [seed["test"][setting][metric] for seed in seeds if metric in seed.get("test", {}).get(setting, {})]
         return Score(design, tuple(values), -1 if self.tasks[task]["better"] == "lower" else 1) if values else None
+
+    def learned(self, score: Score, task: str, setting: str) -> bool:
+        """Whether it is better than the best answer that avoids what the task is about (or than chance)."""
+        found = next(s for s in self.tasks[task]["settings"] if s["name"] == setting)
+        return score.sign * score.mean > score.sign * found.get("shortcut", found["chance"])
 
     def scores(self, designs: Iterable[str], task: str, setting: str) -> list[Score]:
         """Of those designs that have one, in the order given."""

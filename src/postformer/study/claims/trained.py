@@ -1,7 +1,8 @@
 """Claims about trained models, read from a gauntlet's results.
 
 Two designs differ only where every seed of one is better than every seed of the other, with three seeds or more; a
-design has solved a task at a setting where its mean over seeds is 0.9 or more. Whatever is in between is undecided.
+design has solved a task at a setting where its mean over seeds is 0.9 or more. Whatever is in between is undecided, and
+so is everything where those compared have not learned the task: where they are no better than its shortcut.
 """
 
 from __future__ import annotations
@@ -62,6 +63,10 @@ def ordered(scores: Sequence[Score]) -> Found:
     if all(a.beats(b) for a, b in pairs):
         return "holds", f"In this order in every seed: {said}."
     return "undecided", f"The seeds of neighbours overlap: {said}.{_more_seeds(scores)}"
+
+
+def _unlearned(results: Results, scores: Iterable[Score], task: str, setting: str) -> list[str]:
+    return [s.design for s in scores if not results.learned(s, task, setting)]
 
 
 @claim("T3")
@@ -153,6 +158,8 @@ def recall_and_memory(results: Results, quick: bool) -> Claim:
     rho, chance = rank_correlation(size, [s.mean for s in scores])
     about["figures"] += (Figure(name="rank correlation", value=rho), Figure(name="p by permutation", value=chance))
     verdict: Verdict = "does not hold" if rho <= 0 else "holds" if chance < 0.05 else "undecided"
+    if len(_unlearned(results, scores, task, hardest)) == len(scores):
+        return Claim(**about, verdict="undecided", reason=f"No design has learned {hardest}.")
     if verdict != "holds" and all(s.mean >= SOLVED for s in scores):
         return Claim(**about, verdict="undecided", reason=f"Every design solves {hardest}: it is too easy to tell.")
     return Claim(**about, verdict=verdict, reason=f"Rank correlation {rho:.2f} over {len(scores)} designs (p = "
@@ -232,6 +239,8 @@ def hierarchy(results: Results, quick: bool) -> Claim:
         return Claim(**about, **_waits(designs, [task], why))
     best = [max(family, key=lambda s: s.mean) for family in families]
     verdict, reason = ordered(best)
+    if len(_unlearned(results, best, task, hardest)) == len(best):
+        verdict, reason = "undecided", f"None has learned {hardest}: {', '.join(map(_said, best))}."
     params = [results.cells[s.design, task]["params"] or math.inf for s in best]
     about["figures"] += tuple(
         Figure(name=f"{s.design}, parameters", value=p) for s, p in zip(best, params, strict=True) if p < math.inf)
@@ -249,7 +258,8 @@ def density(results: Results, quick: bool) -> Claim:
         "source": "after Oolong (Bertsch et al. 2025) and reports of context rot; the form tested is from notes",
         "papers": ("2511.02817",), "from_notes": True,
         "test": "Settings of one length that training covers, with the fewest and the most relevant lines. It holds if "
-        "every design is worse with most in every seed, and does not if none is.",
+        "every design that has learned the fewest is worse with most in every seed, and does not if none is or "
+        "one is better.",
         "misread": "That long context alone is what hurts: a needle in the same length is found.",
     }
     designs = ("transformer", "mamba2", "gated-deltanet")
@@ -270,6 +280,9 @@ def density(results: Results, quick: bool) -> Claim:
     about["figures"] = tuple(f for a, b in pairs for f in (*_figures([a], few), *_figures([b], most)))
     if not pairs:
         return Claim(**about, **_waits(designs, [task], "No design has results there."))
+    pairs = [pair for pair in pairs if results.learned(pair[0], task, few)]
+    if not pairs:
+        return Claim(**about, verdict="undecided", reason=f"No design has learned {few}.")
     falls = [a.design for a, b in pairs if a.beats(b)]
     rises = [a.design for a, b in pairs if b.beats(a)]
     said = f"From {few} to {most}: {', '.join(f'{a.design} {a.mean:.3f} to {b.mean:.3f}' for a, b in pairs)}."
@@ -308,6 +321,8 @@ def recall_perplexity(results: Results, quick: bool) -> Claim:
     if len(scores) < len(designs):
         return Claim(**about, **_waits(designs, [task], f"It needs {', '.join(designs)}."))
     verdict, reason = ordered(scores)
+    if unlearned := _unlearned(results, scores, task, longest):
+        verdict, reason = "undecided", f"Not yet better than the shortcut: {', '.join(unlearned)}."
     return Claim(**about, verdict=verdict, reason=reason)
 
 
@@ -340,6 +355,8 @@ def bytes_favour_state_space(results: Results, quick: bool) -> Claim:
     best = min(spaces, key=lambda s: s.mean)
     said = f"{_said(best)} and {_said(full[0])} bits per byte, at {flops[best.design]:,.0f} and " \
         f"{flops[full[0].design]:,.0f} FLOPs per token."
+    if unlearned := _unlearned(results, [best, full[0]], task, longest):
+        return Claim(**about, verdict="undecided", reason=f"Not yet better than the shortcut: {', '.join(unlearned)}.")
     winner, other = (best, full[0]) if best.beats(full[0]) else (full[0], best)
     if not winner.beats(other):
         return Claim(**about, verdict="undecided",
