@@ -32,7 +32,7 @@ def windowed(*rows):
     return TaskBatch(window[:, :-1], window[:, 1:])
 
 
-def literal_hits(rows, order, counts=None, rare=None):
+def literal_hits(rows, order, counts=len, rare=None):
     """By the definition, one position at a time."""
     found = []
     for row in rows:
