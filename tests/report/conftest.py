@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -228,6 +230,72 @@ def fabricate_demo(directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "demo.json").write_text(json.dumps(demo))
     return directory
+
+
+VOID = {"meta", "br", "hr", "img", "input", "link", "use"}
+
+
+class Page(HTMLParser):
+    """Checks nesting, and keeps ids, links, references and the text of table cells."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.references: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.cells: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.tags.append((tag, values))
+        if "id" in values:
+            self.ids.append(values["id"])
+        if tag == "a":
+            self.links.append(values["href"])
+        elif "href" in values:
+            self.references.append(values["href"])
+        self.references += [values[name] for name in ("src", "srcset", "data", "action", "poster") if name in values]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag in VOID:
+            return
+        assert self.open
+        assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data):
+        if {"td", "th"} & set(self.open):
+            self.cells[-1] += data
+        if not {"script", "style"} & set(self.open):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def _page_of(path: Path) -> tuple[str, Page]:
+    text = path.read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+@pytest.fixture
+def page_of():
+    """A page's text and what a parser finds in it; elements that are not closed in order fail."""
+    return _page_of
 
 
 @pytest.fixture

@@ -2,75 +2,15 @@
 
 import json
 import re
-from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
 from postformer.report import render
 
-VOID = {"meta", "br", "hr", "img", "input", "link", "use"}
 ARXIV = re.compile(r"https://arxiv\.org/abs/\d{4}\.\d{4,5}")
 
 
-class Page(HTMLParser):
-    """Checks nesting, and keeps ids, links, references and the text of table cells."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.links: list[str] = []
-        self.references: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.cells: list[str] = []
-        self.words: list[str] = []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        values = dict(attrs)
-        self.tags.append((tag, values))
-        if "id" in values:
-            self.ids.append(values["id"])
-        if tag == "a":
-            self.links.append(values["href"])
-        elif "href" in values:
-            self.references.append(values["href"])
-        self.references += [values[name] for name in ("src", "srcset", "data", "action", "poster") if name in values]
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag in ("td", "th"):
-            self.cells.append("")
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        if tag in VOID:
-            return
-        assert self.open
-        assert self.open.pop() == tag, f"</{tag}> closes something else"
-
-    def handle_data(self, data):
-        if {"td", "th"} & set(self.open):
-            self.cells[-1] += data
-        if not {"script", "style"} & set(self.open):
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.words))
-
-
-def page_of(path: Path) -> tuple[str, Page]:
-    text = path.read_text(encoding="utf-8")
-    return text, Page(text)
-
-
-def test_a_demo_page_parses_and_loads_nothing(demo_directory):
+def test_a_demo_page_parses_and_loads_nothing(demo_directory, page_of):
     path = render(demo_directory)
     assert path == demo_directory / "report.html"
     text, page = page_of(path)
@@ -84,7 +24,7 @@ def test_a_demo_page_parses_and_loads_nothing(demo_directory):
     assert len(text) < 400_000
 
 
-def test_charts_are_described_and_tables_have_headers(demo_directory):
+def test_charts_are_described_and_tables_have_headers(demo_directory, page_of):
     _, page = page_of(render(demo_directory))
     charts = [values for tag, values in page.tags if tag == "svg" and values.get("class") == "chart"]
     assert len(charts) == 6  # S3; recall twice; text; memory and time
@@ -98,7 +38,7 @@ def test_charts_are_described_and_tables_have_headers(demo_directory):
     assert all(v.get("scope") in ("row", "col") for tag, v in page.tags if tag == "th")
 
 
-def test_every_number_in_the_tables_comes_from_the_data(demo_directory):
+def test_every_number_in_the_tables_comes_from_the_data(demo_directory, page_of):
     """Each figure in a cell must be one of the source's numbers, rounded to what the cell shows."""
     _, page = page_of(render(demo_directory))
     demo = json.loads((demo_directory / "demo.json").read_text())
@@ -130,7 +70,7 @@ def test_every_number_in_the_tables_comes_from_the_data(demo_directory):
         assert any(abs(float(shown) * unit - k) <= tolerance for k in known), found[0]
 
 
-def test_the_numbers_are_embedded_and_cannot_end_their_element(demo_directory):
+def test_the_numbers_are_embedded_and_cannot_end_their_element(demo_directory, page_of):
     demo = json.loads((demo_directory / "demo.json").read_text())
     demo["command"] = "postformer demo </script><b>&"
     demo["tasks"][0]["runs"][0]["points"][0]["accuracy"] = 0.123456789
@@ -143,7 +83,7 @@ def test_the_numbers_are_embedded_and_cannot_end_their_element(demo_directory):
     assert "<b>&" not in text
 
 
-def test_missing_and_broken_runs_are_listed_as_failed(demo_directory):
+def test_missing_and_broken_runs_are_listed_as_failed(demo_directory, page_of):
     demo = json.loads((demo_directory / "demo.json").read_text())
     by_key = {task["key"]: task for task in demo["tasks"]}
     by_key["s3"]["runs"][3] = {
@@ -161,7 +101,7 @@ def test_missing_and_broken_runs_are_listed_as_failed(demo_directory):
 
 
 @pytest.mark.parametrize("keep", ["tasks", "decode", "nothing"])
-def test_a_demo_with_almost_nothing_in_it_still_renders(demo_directory, keep):
+def test_a_demo_with_almost_nothing_in_it_still_renders(demo_directory, keep, page_of):
     demo = json.loads((demo_directory / "demo.json").read_text())
     if keep != "tasks":
         demo["tasks"] = []
@@ -172,7 +112,7 @@ def test_a_demo_with_almost_nothing_in_it_still_renders(demo_directory, keep):
     assert "transformer" in page.text
 
 
-def test_when_every_run_failed_the_page_says_so(demo_directory):
+def test_when_every_run_failed_the_page_says_so(demo_directory, page_of):
     demo = json.loads((demo_directory / "demo.json").read_text())
     for task in demo["tasks"]:
         task["runs"] = [{"architecture": r["architecture"], "status": "failed"} for r in task["runs"]]
@@ -183,7 +123,7 @@ def test_when_every_run_failed_the_page_says_so(demo_directory):
     assert "nothing to see" in page.text
 
 
-def test_any_runs_can_be_reported(run_directories, tmp_path):
+def test_any_runs_can_be_reported(run_directories, tmp_path, page_of):
     missing = tmp_path / "nowhere"
     (run_directories[2] / "result.json").unlink()
     with (run_directories[2] / "metrics.jsonl").open("a") as file:
@@ -198,7 +138,7 @@ def test_any_runs_can_be_reported(run_directories, tmp_path):
     assert not re.findall(r"https?://(?!arxiv\.org/abs/)", text)
 
 
-def test_task_scores_of_runs_are_tabulated(run_directories, tmp_path):
+def test_task_scores_of_runs_are_tabulated(run_directories, tmp_path, page_of):
     result = json.loads((run_directories[0] / "result.json").read_text())
     result["validation"] = {"token_accuracy": 0.9, "16/token_accuracy": 0.9321, "32/token_accuracy": 0.4567}
     (run_directories[0] / "result.json").write_text(json.dumps(result))
@@ -206,7 +146,7 @@ def test_task_scores_of_runs_are_tabulated(run_directories, tmp_path):
     assert {"0.932", "0.457"} <= set(page.cells)
 
 
-def test_runs_of_one_name_are_told_apart(run_directories):
+def test_runs_of_one_name_are_told_apart(run_directories, page_of):
     for directory in run_directories:
         run = json.loads((directory / "run.json").read_text())
         (directory / "run.json").write_text(json.dumps(run | {"name": "same"}))
@@ -214,8 +154,8 @@ def test_runs_of_one_name_are_told_apart(run_directories):
     assert {"same (run-0)", "same (run-1)", "same (run-2)"} <= set(page.cells)
 
 
-def test_many_runs_get_a_legend_instead_of_labels(tmp_path, make_run):
-    runs = [make_run(tmp_path / f"run-{i}", f"design-{i}", 2.0 + 0.05 * i) for i in range(12)]
+def test_many_runs_get_a_legend_instead_of_labels(tmp_path, make_run, page_of):
+    runs = [make_run(tmp_path / f"run-{i}", f"design-{i}", 2.0 + 0.05 * i) for i in range(18)]
     text, _ = page_of(render(runs, tmp_path))
     chart = re.search(r'<svg class="chart".*?</svg>', text, re.DOTALL)[0]
     assert "design-3" not in re.sub(r"<desc.*?</desc>", "", chart)

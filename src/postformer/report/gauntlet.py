@@ -79,9 +79,8 @@ def _protocol(study: Study) -> list[str]:
            + (", which one seed does not have." if study.seeds == 1 else ", n − 1 in the denominator.")]  # fmt: skip
     rates = [len(t.entry.get("rates") or []) for t in study.trials]
     if rates and max(rates) > 1:
-        low, high = min(rates), max(rates)
-        out.append(f"The learning rate of each design on each task is the best of {low if low == high else f'{low} to {high}'} "
-                   "on the validation split.")  # fmt: skip
+        several = f"{min(rates)} to {max(rates)}" if min(rates) != max(rates) else str(max(rates))
+        out.append(f"The learning rate of each design on each task is the best of {several} on the validation split.")
     else:
         out.append("Learning rates are not swept, so a design may suffer from one that does not suit it.")
     out.append("The test split is read once, after all choices; scores inside and outside the training distribution "
@@ -91,12 +90,12 @@ def _protocol(study: Study) -> list[str]:
         out.append("Designs are matched on nothing but the width, depth and tokens of each task; compare the costs.")
         return out
     tolerance, what = match.get("tolerance") or 0.0, _QUANTITY[match["on"]]
-    far = [m for d in study.names for t in study.trials if (m := study.mismatch(d, t)) is not None and abs(m) > tolerance]
+    off = [study.mismatch(d, t) for d in study.names for t in study.trials]
+    far = sum(m is not None and abs(m) > tolerance for m in off)
     reference = study.names.get(match.get("reference", ""), match.get("reference"))
-    out.append(f"Matched on {what} with {reference}, within {tolerance:.0%}"
-               + (f"; {numbers.plural(len(far), 'pair')} of design and task {'is' if len(far) == 1 else 'are'} further off, "
-                  "marked in the table of costs." if far else "."))  # fmt: skip
-    return out
+    further = f"; {numbers.plural(far, 'pair')} of design and task {'is' if far == 1 else 'are'} further off, marked " \
+              "in the table of costs."  # fmt: skip
+    return [*out, f"Matched on {what} with {reference}, within {tolerance:.0%}" + (further if far else ".")]
 
 
 def _progress(study: Study) -> dict[str, Any] | None:
@@ -111,9 +110,9 @@ def _progress(study: Study) -> dict[str, Any] | None:
     return {
         "running": running,
         "head": "This study is still in progress" if running else "This study is not complete",
-        "text": f"{found['done']} of {total} cells have all their seeds" + (f", {numbers.listing(gone)}." if gone else ".")
-        + (" The figures show what there is." if gone else ""),
-    }  # fmt: skip
+        "text": f"{found['done']} of {total} cells have all their seeds"
+        + (f", {numbers.listing(gone)}. The figures show what there is." if gone else "."),
+    }
 
 
 def _facts(study: Study) -> list[tuple[str, str]]:

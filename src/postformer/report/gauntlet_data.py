@@ -155,7 +155,7 @@ class Study:
 
     def statuses(self) -> dict[str, int]:
         """How many cells are in each status."""
-        found = dict.fromkeys(("done", "partial", "failed", "missing"), 0)
+        found: dict[str, int] = dict.fromkeys(("done", "partial", "failed", "missing"), 0)
         for design in self.names:
             for trial in self.trials:
                 found[self.status(design, trial)] += 1
@@ -201,9 +201,9 @@ class Study:
                 for seed in cell.get("seeds") or []:
                     for s in trial.settings:
                         for metric, value in (seed.get("test") or {}).get(s["name"], {}).items():
-                            rows.append((design, trial.key, s["name"], int(bool(s.get("inside"))), seed.get("seed"), metric,
-                                         number(value), cell.get("params"), number(cell.get("flops_per_token")),
-                                         self.state(design, trial, s)))  # fmt: skip
+                            where = (design, trial.key, s["name"], int(bool(s.get("inside"))), seed.get("seed"))
+                            cost = (cell.get("params"), number(cell.get("flops_per_token")))
+                            rows.append((*where, metric, number(value), *cost, self.state(design, trial, s)))
         return as_csv(("design", "task", "setting", "inside", "seed", "metric", "value", "params", "flops",
                        "state_bytes"), rows)  # fmt: skip
 

@@ -215,7 +215,7 @@ def _line(axes: Any, line: Line, index: int, number: int) -> tuple[str, float, f
         for p in line.points:
             axes.plot([p.x, p.x], [p.low, p.high], color=color, linewidth=1.3, alpha=0.55, transform=move, zorder=2,
                       clip_on=False)  # fmt: skip
-    axes.plot(x, y, color=color, linewidth=1.7, clip_on=False, zorder=3, transform=move, solid_capstyle="round", **style)
+    axes.plot(x, y, color=color, linewidth=1.7, clip_on=False, zorder=3, transform=move, **style)
     axes.plot(x, y, color=color, linestyle="none", marker=look.marker, markersize=6.2, markeredgecolor=PAPER,
               markeredgewidth=0.7, clip_on=False, zorder=4, transform=move)  # fmt: skip
     return fit(line.name), x[-1], y[-1], color
@@ -239,7 +239,10 @@ def _border(axes: Any, low: float, border: float | None, inside: int, number: in
     if border is None:
         return
     axes.axvline(border, color=MUTED, linewidth=0.8, zorder=1)
-    for word, shift, ha in (("◂ inside", -3, "right"), ("outside ▸", 3, "left")):
+    room = axes.get_window_extent().x1 - axes.transData.transform((border, 0))[0]
+    words = [("◂ inside", -3, "right"), ("outside ▸", 3, "left")]
+    # Right of the axes begin the names.
+    for word, shift, ha in words if room > _widest(["outside ▸"]) else words[:1]:
         axes.annotate(word, (border, 1), xycoords=("data", "axes fraction"), xytext=(shift, 1.5), color=MUTED,
                       textcoords="offset points", fontsize=TEXT - 1.5, ha=ha, va="bottom")  # fmt: skip
 

@@ -46,8 +46,8 @@ def lead(study: Study) -> str:
         if len(first) == len(study.names):
             parts.append(f"{where}, no design stands out")
         elif len(compared) == 1:
-            others = "the best there is" if len(first) == 1 else "not told apart at the top"
-            parts.append(f"{where}, {numbers.listing(first)} {'is' if len(first) == 1 else 'are'} {others}")
+            verb = "is best" if len(first) == 1 else "are best and cannot be told apart"
+            parts.append(f"{where}, {numbers.listing(first)} {verb}")
         else:
             parts.append(f"{where}, {numbers.listing(first)} {'is' if len(first) == 1 else 'are'} best, or within the "
                          f"seeds' range of the best, on {most} of {numbers.plural(len(compared), 'task')}")  # fmt: skip
@@ -72,7 +72,8 @@ def more(study: Study) -> str:
         drop, design, trial = max(falls, key=lambda f: f[0])
         if drop > BARELY:
             a, b = (study.regime(design, trial, r) for r in (True, False))
-            assert a and b
+            assert a is not None
+            assert b is not None
             out.append(f"The deepest fall from inside to outside is {study.names[design]}'s on {trial.title}, from "
                        f"{score(trial, a.mean)} to {score(trial, b.mean)}.")  # fmt: skip
     barely = []

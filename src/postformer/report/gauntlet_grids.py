@@ -84,8 +84,10 @@ def _row(study: Study, trial: Trial, inside: bool) -> list[dict[str, Any]]:
 
 
 def _words(stat: Stat, trial: Trial) -> str:
-    spread = "" if stat.deviation is None else f" ± {stat.deviation:.3f}, {score(trial, stat.low)} to {score(trial, stat.high)}"
-    return f"{score(trial, stat.mean)}{spread}, {numbers.plural(len(stat.values), 'seed')}"
+    text = score(trial, stat.mean)
+    if stat.deviation is not None:
+        text += f" ± {stat.deviation:.3f}, {score(trial, stat.low)} to {score(trial, stat.high)}"
+    return f"{text}, {numbers.plural(len(stat.values), 'seed')}"
 
 
 def _short(value: float, trial: Trial) -> str:

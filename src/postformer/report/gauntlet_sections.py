@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from postformer.report import findings as cost_findings
@@ -14,6 +15,7 @@ from postformer.report.gauntlet_figures import Line, Point, Reference, by_design
 from postformer.report.style import Look
 from postformer.report.tables import Column, Table, csv_link
 
+_ROW = ("mean", "deviation", "low", "high", "seeds")
 _CHANCE, _SHORTCUT = (1.2, 2.0), (5.0, 2.0)
 
 
@@ -89,7 +91,7 @@ def state_figures(study: Study, trial: Trial, looks: dict[str, Look]) -> dict[st
             "title": f"{trial.title}, {where}: {at['name']}",
             "caption": f"The hardest setting {where} the training distribution.",
             "seen": seen,
-            "link": csv_link(as_csv(("design", "setting", "state_bytes", "mean", "deviation", "low", "high", "seeds"), rows)),
+            "link": csv_link(as_csv(("design", "setting", "state_bytes", *_ROW), rows)),
             "file": f"{_safe(trial.key)}-state-{where}.csv",
         })  # fmt: skip
     return {"title": trial.title, "figures": figures}
@@ -108,7 +110,10 @@ def cost_section(study: Study, looks: dict[str, Look], swatches: dict[str, str])
         figures.append({
             "svg": svg(by_design(lines, "Tokens per second", numbers.short), "cost-train",
                        "Tokens per second of training by design", seen),
-            "title": "Training", "caption": "Tokens per second of training, the fastest first.", "seen": seen, "file": "training-speed.csv",
+            "title": "Training",
+            "caption": "Tokens per second of training, the fastest first.",
+            "seen": seen,
+            "file": "training-speed.csv",
             "link": csv_link(as_csv(("design", "train_tokens_per_s"), speed)),
         })  # fmt: skip
     points = {d: sorted(c.get("decode") or [], key=lambda p: p["context"]) for d, c in costs.items()}
@@ -126,7 +131,7 @@ def cost_section(study: Study, looks: dict[str, Look], swatches: dict[str, str])
         figures.append({
             "svg": svg(growth(series, unit, label), f"cost-{unit}", f"Decoding: {label.lower()} against context", seen),
             "title": f"Decoding: {label.lower()}",
-            "caption": "Against tokens of context, both axes logarithmic" + (" (K = 1,024)." if unit == "bytes" else "."),
+            "caption": f"Against tokens of context, both axes logarithmic{' (K = 1,024)' if unit == 'bytes' else ''}.",
             "seen": seen, "file": f"decode-{unit}.csv", "link": csv_link(as_csv(("design", "context", field), rows)),
         })  # fmt: skip
     missing = [names[d] for d in names if d not in costs]
@@ -158,7 +163,7 @@ def axis(trial: Trial) -> tuple[list[float], list[str], str]:
     By what the unit counts (a setting's last number), where that tells all settings apart and rises; else evenly.
     """
     last = [float(s["setting"][-1] if isinstance(s["setting"], list) else s["setting"]) for s in trial.settings]
-    if all(a < b for a, b in zip(last, last[1:])) and last and last[0] > 0:
+    if all(a < b for a, b in pairwise(last)) and last and last[0] > 0:
         unit = str(trial.entry.get("unit") or "length")
         label = "Sequence length" if unit == "length" else f"Number of {unit}"
         return last, [f"{v:g}" for v in last], label
@@ -208,19 +213,19 @@ def _table(study: Study, trial: Trial, metric: str, swatches: dict[str, str]) ->
 
 def _training(cell: dict[str, Any]) -> dict[str, Any]:
     seeds = cell.get("seeds") or []
-    sweep = "\n".join(
-        f"{s['rate']:g}: " + (str(s.get("status") or "failed") if (v := number(s.get("validation"))) is None else f"{v:.3f}")
-        + (" ◂" if s["rate"] == cell.get("rate") else "")
-        for s in cell.get("sweep") or []
-    )  # fmt: skip
+    sweep = []
+    for trial in cell.get("sweep") or []:
+        value = number(trial.get("validation"))
+        found = str(trial.get("status") or "failed") if value is None else f"{value:.3f}"
+        sweep.append(f"{trial['rate']:g}: {found}{' ◂' if trial['rate'] == cell.get('rate') else ''}")
     tokens = [t for s in seeds if (t := number(s.get("tokens"))) is not None]
     seconds = [t for s in seeds if (t := number(s.get("seconds"))) is not None]
     ends = [str(s.get("stopped") or "unknown") for s in seeds]
-    spent = {numbers.short(v): None for v in sorted(tokens)}
+    spent = list(dict.fromkeys(numbers.short(v) for v in sorted(tokens)))
     return {
         "rate": number(cell.get("rate")),
-        "sweep": sweep or None,
-        "tokens": "\n".join([next(iter(spent)), *([f"to {list(spent)[-1]}"] if len(spent) > 1 else [])]) if spent else None,
+        "sweep": "\n".join(sweep) or None,
+        "tokens": "\nto ".join([spent[0], spent[-1]] if len(spent) > 1 else spent) or None,
         "stopped": "\n".join(f"{e} {ends.count(e)}×" for e in dict.fromkeys(ends)) or None,
         "seconds": sum(seconds) / len(seconds) if seconds else None,
     }
@@ -245,7 +250,7 @@ def _stats_csv(study: Study, trial: Trial, metrics: Sequence[str] = ()) -> str:
         for s in trial.settings
         if (stat := study.stat(design, trial, s, metric))
     ]
-    return as_csv(("design", "setting", "inside", "metric", "mean", "deviation", "low", "high", "seeds", "rate"), rows)
+    return as_csv(("design", "setting", "inside", "metric", *_ROW, "rate"), rows)
 
 
 def _safe(key: str) -> str:

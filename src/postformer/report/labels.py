@@ -61,51 +61,50 @@ def point_labels(
 
     obstacles: further points (x, y) in data coordinates that a label must not cover.
     """
-    from matplotlib.transforms import Bbox
+    import numpy as np
 
     figure = axes.figure
     renderer = figure.canvas.get_renderer()
     scale = figure.dpi / 72.0
-    marks = [axes.transData.transform(p) for p in [(x, y) for _, x, y, _ in names] + list(obstacles)]
-    taken = [Bbox.from_extents(x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale) for x, y in marks]
-    written: list[Any] = []
+    marks = axes.transData.transform([(x, y) for _, x, y, _ in names] + list(obstacles))
+    taken = np.concatenate([marks - 5 * scale, marks + 5 * scale], 1)
     frame = axes.get_window_extent()
-    frame = Bbox.from_extents(frame.x0 + 2, frame.y0 + 2, figure.bbox.x1 - 2, frame.y1 + 8)
+    inside = np.array([[frame.x0 + 2, frame.y0 + 2, figure.bbox.x1 - 2, frame.y1 + 8]])
+    written = np.zeros((0, 4))
     for name, x, y, color in names:
-        best: tuple[float, Any, Bbox] | None = None
-        for rank, (dx, dy, ha) in enumerate(_CANDIDATES):
-            text = axes.annotate(
-                name,
-                (x, y),
-                xytext=(dx, dy),
-                textcoords="offset points",
-                color=color,
-                fontsize=size,
-                ha=ha,
-                va="center_baseline",
-                annotation_clip=False,
-            )
-            box = text.get_window_extent(renderer)
-            cost = rank * 0.5 + sum(_area(box, other) for other in taken) + 20 * sum(_area(box, o) for o in written)
-            cost += 4 * (box.width * box.height - _area(box, frame))
-            if best is None or cost < best[0]:
-                if best is not None:
-                    best[1].remove()
-                best = (cost, text, box)
-            else:
-                text.remove()
-        assert best is not None
-        written.append(best[2])
-        if math.hypot(*best[1].get_position()) > 16:
+        text = axes.annotate(
+            name,
+            (x, y),
+            xytext=(0, 0),
+            textcoords="offset points",
+            color=color,
+            fontsize=size,
+            ha="left",
+            va="center_baseline",
+            annotation_clip=False,
+        )
+        own = text.get_window_extent(renderer)
+        boxes = np.array([(own.x0 + dx * scale - own.width * _SHIFT[ha], own.y0 + dy * scale)
+                          for dx, dy, ha in _CANDIDATES])  # fmt: skip
+        boxes = np.concatenate([boxes, boxes + np.array([own.width, own.height])], 1)
+        cost = np.arange(len(boxes)) * 0.5 + _areas(boxes, taken).sum(1) + 20 * _areas(boxes, written).sum(1)
+        cost += 4 * (own.width * own.height - _areas(boxes, inside)[:, 0])
+        best = int(cost.argmin())
+        dx, dy, ha = _CANDIDATES[best]
+        text.set_position((dx, dy))
+        text.set_ha(ha)
+        x0, y0, x1, y1 = boxes[best]
+        written = np.concatenate([written, boxes[best : best + 1]])
+        if math.hypot(dx, dy) > 16:
             # So far from its point that a thin line must say whose name it is.
-            end = best[2].x0 if best[1].get_ha() == "left" else best[2].x1 if best[1].get_ha() == "right" else None
-            middle = (best[2].y0 + best[2].y1) / 2
-            if end is None:
-                end, middle = (best[2].x0 + best[2].x1) / 2, best[2].y1 if best[1].get_position()[1] < 0 else best[2].y0
+            end, middle = {"left": x0, "right": x1}.get(ha, (x0 + x1) / 2), (y0 + y1) / 2
+            if ha == "center":
+                middle = y1 if dy < 0 else y0
             to = axes.transData.inverted().transform((end, middle))
             axes.plot([x, to[0]], [y, to[1]], color=color, linewidth=0.7, alpha=0.55, clip_on=False, zorder=1)
 
 
+_SHIFT = {"left": 0.0, "center": 0.5, "right": 1.0}
 _CANDIDATES = [
     (dx * reach, dy * reach, ha)
     for reach in (1.0, 1.7, 2.6, 3.6, 4.8, 6.2)
@@ -122,10 +121,13 @@ _CANDIDATES = [
 ]
 
 
-def _area(a: Any, b: Any) -> float:
-    width = min(a.x1, b.x1) - max(a.x0, b.x0)
-    height = min(a.y1, b.y1) - max(a.y0, b.y0)
-    return max(width, 0.0) * max(height, 0.0)
+def _areas(boxes: Any, others: Any) -> Any:
+    """What each of N boxes [N, 4] shares with each of M others [M, 4], as areas [N, M]."""
+    import numpy as np
+
+    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    return np.clip(high - low, 0, None).prod(2)
 
 
 def collisions(figure: Any, slack: float = 0.5) -> list[str]:
