@@ -171,12 +171,12 @@ def state_tracking(results: Results, quick: bool) -> Claim:
     """Parity and group words beyond the training lengths."""
     about = {
         "id": "T5", "title": "What tracks a state",
-        "statement": "Linear recurrences whose transition has only positive eigenvalues cannot do parity at all "
-        "lengths, and diagonal ones no word problem of a group such as S3; reflections, products of them, and "
-        "non-linear recurrences can.",
+        "statement": "Linear recurrences with diagonal transitions of positive numbers cannot do parity at all "
+        "lengths, nor therefore the words of S3, which contain it, nor (if TC0 is not NC1) those of A5 and S5; "
+        "reflections do parity, and products of them or non-linear recurrences the groups.",
         "source": "Merrill et al. 2024; Grazzi et al. 2024; Siems et al. 2025",
         "papers": ("2404.08819", "2411.12537", "2502.10297"),
-        "test": "The longest evaluation setting, beyond all training lengths. Of each task run, it holds if no design "
+        "test": "The shortest evaluation length beyond all training lengths. Of each task run, it holds if no design "
         "of the first kind solves it and one of the second does, and does not hold if one of the first kind does.",
         "misread": "That this proves what a design can express: it measures what it learns. And that TC0 and NC1 "
         "differ is a conjecture.",
@@ -188,7 +188,7 @@ def state_tracking(results: Results, quick: bool) -> Claim:
         far = results.settings(task, inside=False)
         if not far:
             continue
-        setting = far[-1]["name"]
+        setting = far[0]["name"]
         cannot = results.scores(POSITIVE, task, setting)
         can = results.scores(NEGATIVE["parity" if task == "parity" else "group"], task, setting)
         figures += _figures([*cannot, *can], f"{task} at {setting}")
@@ -219,12 +219,12 @@ def hierarchy(results: Results, quick: bool) -> Claim:
         "id": "T6", "title": "Hybrids, linear attention, linear recurrences",
         "statement": "At equal size, composing functions that the context gives: hybrids with some attention do better "
         "than linear attention, and that better than linear recurrences.",
-        "source": "Ye et al. 2026 for attention above hybrids above recurrences; the order among the latter is from "
-        "notes", "papers": ("2602.01763", "2405.16674"), "from_notes": True,
-        "test": "The hardest setting of function composition that training covers; the best design of each family. "
+        "source": "A Provable Expressiveness Hierarchy in Hybrid Linear-Full Attention, 2026; Zubic et al. 2024; the "
+        "order tested is from notes", "papers": ("2602.01763", "2405.16674"), "from_notes": True,
+        "test": "The hardest setting of function composition, or else of pointer chasing, that training covers; the best design of each family. "
         "It holds if each family's best beats the next in every seed, and does not if one is beaten by the next.",
-        "misread": "The published theorem sets full attention above hybrids and those above all recurrent forms alike, "
-        "with the depth fixed; it does not order linear attention and state-space models.",
+        "misread": "The published theorem separates full attention from hybrids with fewer layers of it, at a fixed "
+        "depth; linear attention and state-space models are one class there, without an order between them.",
     }
     designs = ("qwen3-next", "gated-deltanet", "mamba2")
     tasks = ("composition", "pointer-chasing")
