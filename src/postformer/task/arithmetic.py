@@ -29,8 +29,8 @@ PLUS, MINUS, TIMES, EQUALS, OPEN, CLOSE = range(MODULUS, MODULUS + 6)
 class ModularArithmetic(Task):
     """The value of an expression modulo 5. A setting is the length, the equals sign included.
 
-    Without brackets n digits make a length of 2 n, with brackets one of 4 n - 2 (and n is at least 3, since brackets
-    around fewer change nothing).
+    Without brackets n digits make a length of 2 n, with brackets one of 4 n - 2, where n is at least 2. Brackets around
+    two digits change nothing: such a length is for training only.
 
     Args:
         brackets: every operation is bracketed; else products go before sums.
@@ -81,10 +81,10 @@ class ModularArithmetic(Task):
         return sure + (1 - sure) / MODULUS
 
     def check(self, setting: Setting) -> None:
-        least = 3 if self.brackets else 1
+        least = 2 if self.brackets else 1
         sound = is_count(setting) and self.of_digits(self._digits(setting)) == setting  # type: ignore[arg-type]
         if not sound or self._digits(setting) < least:  # type: ignore[arg-type]
-            rule = "4 n - 2 for n >= 3 digits" if self.brackets else "2 n for n >= 1 digits"
+            rule = "4 n - 2 for n >= 2 digits" if self.brackets else "2 n for n >= 1 digits"
             raise TaskError(
                 f"task {self.name}: a setting is a length {rule}, for instance {self.of_digits(4)}; got {setting!r}"
             )
