@@ -221,8 +221,9 @@ def hierarchy(results: Results, quick: bool) -> Claim:
         "than linear attention, and that better than linear recurrences.",
         "source": "A Provable Expressiveness Hierarchy in Hybrid Linear-Full Attention, 2026; Zubic et al. 2024; the "
         "order tested is from notes", "papers": ("2602.01763", "2405.16674"), "from_notes": True,
-        "test": "The hardest setting of function composition, or else of pointer chasing, that training covers; the best design of each family. "
-        "It holds if each family's best beats the next in every seed, and does not if one is beaten by the next.",
+        "test": "The hardest setting of function composition, or else of pointer chasing, that training covers; the "
+        "best design of each family. It holds if each family's best beats the next in every seed, and does not if one "
+        "is beaten by the next.",
         "misread": "The published theorem separates full attention from hybrids with fewer layers of it, at a fixed "
         "depth; linear attention and state-space models are one class there, without an order between them.",
     }
