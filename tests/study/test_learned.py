@@ -1,4 +1,4 @@
-"""Every entry that says so can be learned: the recipe it names reaches 0.9 at the easiest setting, from these tokens."""
+"""Every entry that says so can be learned: the recipe it names reaches 0.9 at the easiest setting."""
 
 import pytest
 
@@ -21,16 +21,14 @@ def test_it_is_learned(name, tmp_path):
     train_task(trial.made, entry.task, None, trial.config(), tmp_path / "run", options=entry.options, progress="quiet")
     found = evaluate_task(load_run(tmp_path / "run")[1], task, [learned.setting], batch_size=64, batches=8,
                           stream="test")[setting_name(learned.setting)][task.metric]
-    if task.better == "lower":  # bits: clearly below what the frequencies of the symbols give
-        assert found < 0.9 * task.shortcut(learned.setting)
-    else:
-        assert found >= 0.9
+    assert learned.reached(task, found)
+    if task.better == "higher":
         assert found > 2 * task.chance(learned.setting)
 
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_entries_make_sense(name):
-    """Its task is made, its settings are the task's, its budget is some steps, and an unlearned one says what was seen."""
+    """Its task is made, its rates ascend, and one that nobody learned says what was seen."""
     entry = ENTRIES[name]
     task = entry.make()
     assert task.difficulties.train

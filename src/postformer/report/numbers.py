@@ -13,6 +13,13 @@ def count(value: float | None) -> str:
     return MISSING if not _there(value) else f"{value:,.0f}"
 
 
+def figure(value: float | None) -> str:
+    """Any measured number to three digits, thousands whole: 0.12345 -> '0.123', 327680 -> '327,680'."""
+    if not _there(value):
+        return MISSING
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def short(value: float | None) -> str:
     """A count to three digits: 921600 -> '922 k', 4.1e6 -> '4.1 M'."""
     if not _there(value):

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from postformer.report.numbers import figure
+
 
 def render(source: str | Path | Sequence[str | Path], output: str | Path | None = None) -> Path:
     """Write one self-contained HTML page about finished runs and return its path.
@@ -31,7 +33,7 @@ def render(source: str | Path | Sequence[str | Path], output: str | Path | None 
 
         content = demo_page(sources[0])
     elif len(sources) == 1 and (sources[0] / "gauntlet.json").is_file():
-        from postformer.report.gauntlet import gauntlet_page
+        from postformer.report.gauntlet.page import gauntlet_page
 
         content = gauntlet_page(sources[0])
     else:
@@ -65,6 +67,7 @@ def compose(content: dict[str, Any], template: str = "page.html.j2") -> str:
     )
     environment.filters["paper"] = paper_link
     environment.filters["papers"] = papers
+    environment.filters["figure"] = figure
     page = environment.get_template(template).render(
         **content,
         light=css_variables(dark=False),

@@ -33,6 +33,19 @@ class Learned(_Data):
     rate: float
     tokens: int
     setting: Setting
+    level: float | None = None
+    """What counts as learned; None: 0.9, or three quarters of the shortcut's figure where less is better"""
+
+    def reached(self, task: Task, found: float) -> bool:
+        """Whether a figure of the task's metric is that good."""
+        return good(task, self.setting, found, self.level)
+
+
+def good(task: Task, setting: Setting, found: float, level: float | None = None) -> bool:
+    """Whether a task counts as learned at a setting by a figure of its metric."""
+    if task.better == "lower":
+        return found <= (0.75 * task.shortcut(setting) if level is None else level)
+    return found >= (0.9 if level is None else level)
 
 
 class Entry(_Data):

@@ -82,13 +82,14 @@ class Plan:
                       if (layers := len(cell.recipe.model.stack)) > cell.entry.layers]
 
 
-def run_gauntlet(plan: Plan, directory: str | Path, *, workers: int | Literal["ray"] | None = None, limit: float = LIMIT,
-                 costs: bool = True, merge: str | None = None,
-                 progress: Callable[[str], None] | None = None) -> dict[str, Any]:
+def run_gauntlet(
+    plan: Plan, directory: str | Path, *, workers: int | Literal["ray"] | None = None, limit: float = LIMIT,
+    costs: bool = True, merge: str | None = None, progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
     """Run what the ledger of the directory does not have yet -> the content of gauntlet.json.
 
-    workers: processes of one thread each; None: one per core; "ray": those of a Ray cluster. limit: seconds that a trial may take. costs: measure
-    decoding too, at the end. merge: an exported ledger to take over first.
+    workers: processes of one thread each; None: one per core; "ray": those of a Ray cluster. limit: seconds that a
+    trial may take. costs: measure decoding too, at the end. merge: an exported ledger to take over first.
 
     A trial that fails is recorded and the others go on. Raises LedgerError, TestSplitRead; KeyboardInterrupt after
     saving what runs.

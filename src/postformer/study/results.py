@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from postformer.design import DesignError
 from postformer.study.cell import Cell
+from postformer.study.entry import good
 from postformer.study.ledger import Ledger, Outcome
 from postformer.task import Task, setting_name
 from postformer.training.files import write_json
@@ -102,10 +103,10 @@ def _task(key: str, entry: Any, cells: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _somebody(key: str, task: Task, cells: list[dict[str, Any]]) -> bool:
-    """Whether a design of this study reaches 0.9 at the easiest setting."""
-    easiest = setting_name((task.difficulties.inside or task.difficulties.evaluate)[0])
-    return task.better == "higher" and any(
-        seed["test"][easiest][task.metric] >= 0.9 for cell in cells if cell["task"] == key for seed in cell["seeds"])
+    """Whether a design of this study has learned the easiest setting."""
+    easiest = (task.difficulties.inside or task.difficulties.evaluate)[0]
+    return any(good(task, easiest, seed["test"][setting_name(easiest)][task.metric])
+               for cell in cells if cell["task"] == key for seed in cell["seeds"])
 
 
 def _cell(cell: Cell, outcomes: dict[str, Outcome]) -> dict[str, Any]:

@@ -77,11 +77,14 @@ def fabricate(designs: int = 15, tasks: int = 25, seeds: int = 3, seed: int = 0)
              "scale": "2 layers, width 64, 100k examples"},
         ],
         "claims": [
-            {"id": "T3", "statement": "A fixed state cannot copy what does not fit into it.", "source": "2402.01032",
-             "test": "copying by length, at one size of state", "figure": "0.99 at 16, 0.31 at 64",
-             "verdict": "confirmed", "remark": "", "command": "postformer gauntlet mamba2 --tasks copying"},
-            {"id": "T5", "statement": "Parity needs negative eigenvalues.", "source": "2411.12537", "test": "parity",
-             "figure": 0.52, "verdict": "not shown", "remark": "One of three seeds learned it.", "command": None},
+            {"id": "T3", "title": "Copying", "statement": "A fixed state cannot copy what does not fit into it.",
+             "source": "Jelassi 2024", "papers": ["2402.01032"], "from_notes": False,
+             "test": "copying by length, at one size of state", "verdict": "holds", "reason": "The ranges are apart.",
+             "figures": [{"name": "at 64", "value": 0.31, "unit": "", "low": 0.25, "high": 0.36}], "misread": "Never.",
+             "command": "postformer gauntlet mamba2 --tasks copying"},
+            {"id": "T5", "title": "Parity", "statement": "Parity needs negative eigenvalues.", "source": "notes",
+             "papers": [], "from_notes": True, "test": "parity", "figures": [], "verdict": "undecided",
+             "reason": "One of three seeds learned it.", "misread": None, "command": None},
         ],
     }  # fmt: skip
 

@@ -7,11 +7,11 @@ from itertools import pairwise
 
 import pytest
 
-from postformer.report import heat
-from postformer.report.gauntlet_data import Stat, Study, Trial
-from postformer.report.gauntlet_figures import Line, Point, Reference, by_design, by_setting, front, pareto
-from postformer.report.gauntlet_findings import lead, leaders, more
-from postformer.report.gauntlet_sections import axis
+from postformer.report.gauntlet import heat
+from postformer.report.gauntlet.data import Stat, Study, Trial
+from postformer.report.gauntlet.figures import Line, Point, Reference, by_design, by_setting, front, pareto
+from postformer.report.gauntlet.findings import lead, leaders, more
+from postformer.report.gauntlet.sections import axis
 from postformer.report.labels import collisions
 from postformer.report.style import Look
 

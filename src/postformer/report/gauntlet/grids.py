@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from postformer.report import numbers
-from postformer.report.gauntlet_data import Stat, Study, Trial
-from postformer.report.gauntlet_findings import leaders, score
-from postformer.report.heat import step
+from postformer.report.gauntlet.data import Stat, Study, Trial
+from postformer.report.gauntlet.findings import leaders, score
+from postformer.report.gauntlet.heat import step
 
 
 def heat_grid(study: Study) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ Two designs are called different only where their seeds' ranges do not touch.
 from __future__ import annotations
 
 from postformer.report import numbers
-from postformer.report.gauntlet_data import Stat, Study, Trial
+from postformer.report.gauntlet.data import Stat, Study, Trial
 
 BARELY = 0.1
 """Less than this part of the way from chance to perfect is called barely learned."""

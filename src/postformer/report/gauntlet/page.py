@@ -7,11 +7,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from postformer.report import gauntlet_findings as findings
-from postformer.report import heat, numbers
-from postformer.report.gauntlet_data import Study
-from postformer.report.gauntlet_grids import cost_grid, heat_grid
-from postformer.report.gauntlet_sections import cost_section, full_tables, state_figures, task_section
+from postformer.report import numbers
+from postformer.report.gauntlet import findings, heat
+from postformer.report.gauntlet.data import Study
+from postformer.report.gauntlet.grids import cost_grid, heat_grid
+from postformer.report.gauntlet.sections import cost_section, full_tables, state_figures, task_section
 from postformer.report.style import Look, swatch
 
 _QUANTITY = {"params": "parameters", "flops": "FLOPs per token", "state": "bytes of state"}

@@ -7,11 +7,11 @@ from itertools import pairwise
 from typing import Any
 
 from postformer.report import findings as cost_findings
-from postformer.report import gauntlet_findings as findings
 from postformer.report import numbers
 from postformer.report.figures import Series, growth, svg
-from postformer.report.gauntlet_data import Stat, Study, Trial, as_csv, number
-from postformer.report.gauntlet_figures import Line, Point, Reference, by_design, by_setting, front, pareto
+from postformer.report.gauntlet import findings
+from postformer.report.gauntlet.data import Stat, Study, Trial, as_csv, number
+from postformer.report.gauntlet.figures import Line, Point, Reference, by_design, by_setting, front, pareto
 from postformer.report.style import Look
 from postformer.report.tables import Column, Table, csv_link
 

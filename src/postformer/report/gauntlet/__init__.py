@@ -1,0 +1,1 @@
+"""The page of a gauntlet, from its gauntlet.json."""
