@@ -62,7 +62,7 @@ class Entry(_Data):
     layers: int = 2
     """Layers of a feed-forward and a mixer; where a recipe's pattern needs more, it gets the fewest that hold it"""
     local: bool = True
-    """Whether recipes keep their short convolutions, token shifts and the like"""
+    """Whether recipes keep their short convolutions; what has no form without (RWKV-7's token shift) keeps it anyhow"""
     batch_size: int = 64
     tokens: int = Field(gt=0)
     """Training budget of one trial; the sweep of learning rates has a quarter of it"""
@@ -85,9 +85,21 @@ class Entry(_Data):
         base = narrow_heads(load(recipe), self.head)
         overrides = [f"model.vocab={self.make().vocab}"]
         if not self.local:
-            overrides += [f"model.mixers.{name}.local=none" for name, mixer in base.model.mixers.items()
-                          if "local" in type(mixer).model_fields]
+            overrides += _without_local(base)
         return fitted(base, width or self.width, self.layers, overrides)
+
+
+def _without_local(recipe: Recipe) -> list[str]:
+    """Overrides that take away local mixing from every mixer that can be without."""
+    found = []
+    for name, mixer in recipe.model.mixers.items():
+        if "local" in type(mixer).model_fields:
+            try:
+                load(recipe, [change := f"model.mixers.{name}.local=none"])
+            except DesignError:
+                continue
+            found.append(change)
+    return found
 
 
 def fitted(recipe: Recipe | str, width: int, layers: int, overrides: list[str]) -> Recipe:
