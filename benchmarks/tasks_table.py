@@ -52,7 +52,7 @@ def row(entry: Entry) -> str:
     task = entry.make()
     easiest = (task.difficulties.inside or task.difficulties.evaluate)[0]
     name = f"`{entry.key}`" if entry.key == entry.task else f"`{entry.key}` (task `{entry.task}`)"
-    cells = [name, _about(task), _settings(task), f"`{task.metric}`", _figure(task.chance(easiest)),
+    cells = [name, _about(task), _settings(task), task.metric.replace("_", " "), _figure(task.chance(easiest)),
              _figure(task.shortcut(easiest)), _learned(entry), _papers(task)]
     return f"| {' | '.join(cells)} |"
 
@@ -62,7 +62,7 @@ def page() -> str:
     entries = tier("standard")
     made = [entry.make() for entry in entries.values()]
     used = sorted({task.metric for task in made}, key=list(METRICS).index)
-    metrics = "\n".join(f"| `{name}` | {METRICS[name]} |" for name in used)
+    metrics = "\n".join(f"| {name.replace('_', ' ')} | {METRICS[name]} |" for name in used)
     text = INTRODUCTION.format(metrics=metrics) + "".join(f"{row(entry)}\n" for entry in entries.values())
     notes = [f"- `{entry.key}`: {entry.note}" for entry in entries.values() if entry.note]
     if notes:

@@ -177,9 +177,10 @@ stay dense unless named; embedding, head and norms always do.
 No parameter is added, and names stay, so that full-precision weights start a ternary run:
 
 ```
-postformer train transformer -s train.steps=1000 -s train.schedule.kind=wsd --out runs/full
-postformer train transformer -s model.linear.projection=ternary -s train.start=runs/full \\
-    -s train.steps=500 -s train.optimiser.weight_decay=0 --out runs/ternary
+postformer train transformer -s train.steps=250 -s train.schedule.kind=constant --out runs/dense
+postformer train transformer -s model.linear.projection=ternary -s train.start=runs/dense \\
+    -s train.steps=750 -s train.optimiser.learning_rate=4e-3 -s train.optimiser.weight_decay=0 \\
+    -s train.schedule.kind=wsd -s train.schedule.decay=1 -s train.schedule.final=0 --out runs/ternary
 ```
 
 ## Against full precision, at equal tokens

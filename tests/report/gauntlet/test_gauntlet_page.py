@@ -143,7 +143,7 @@ def test_what_others_wrote_cannot_become_markup(tmp_path, make, save, page_of):
     study["designs"][0]["name"] = "$a_b$ <u>"
     study["cells"][0]["failures"] = [{"stage": "final", "why": "<u>", "log": "<u>"}]
     study["published"][0] |= {"scale": "<u>", "source": "javascript:alert(1)"}
-    study["claims"][0] |= {"statement": "<u>", "source": ["<u>", "2402.01032"], "figure": None}
+    study["claims"][0] |= {"statement": "<u>", "source": "<u>", "papers": ["<u>", "2402.01032"]}
     text, page = page_of(render(save(tmp_path, study)))
     sound(text, page)
     assert "u" not in {tag for tag, _ in page.tags}

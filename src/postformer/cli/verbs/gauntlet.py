@@ -63,12 +63,13 @@ def _run(recipes: list[str], tier: str, tasks: str | None, match: str | None, se
 
 
 def _judge(out: Path, found: dict[str, Any] | None, quiet: bool) -> dict[str, Any]:
-    from postformer.study.claims import claims
+    from postformer.study.claims import REMARKS, claims
     from postformer.study.results import claims_only, read, write
 
     results = found or read(out) or claims_only()
     judged = claims(results if results["designs"] else None, quick=True)
     results["claims"] = [claim.model_dump(mode="json") for claim in judged]
+    results["remarks"] = list(REMARKS)
     write(out, results)
     if not quiet:
         for claim in judged:

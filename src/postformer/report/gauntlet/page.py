@@ -55,6 +55,7 @@ def gauntlet_page(directory: Path) -> dict[str, Any]:
         "failures": failures,
         "published": [_published(study, p) for p in raw.get("published") or []],
         "claims": raw.get("claims") or [],
+        "remarks": raw.get("remarks") or [],
         "many": len(study.names) > 5,
         "lower": any(t.lower for t in study.trials),
         "numbers": raw,
