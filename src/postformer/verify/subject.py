@@ -16,7 +16,7 @@ from postformer.design.plan import planned, shared_places
 from postformer.model import LanguageModel, build
 from postformer.model.language import LMState
 
-WIDTH, WINDOW, SEGMENT, CHUNK = 32, 8, 16, 6
+WIDTH, WINDOW, SEGMENT, CHUNK = 32, 8, 16, 8
 
 
 def reduced(recipe: Recipe) -> Recipe:
@@ -27,7 +27,7 @@ def reduced(recipe: Recipe) -> Recipe:
 
 
 def _narrow(value: Any) -> Any:
-    """Windows cut to 8 tokens, segments to 16, chunks to 6 wherever a design has them: short sequences leave them."""
+    """Windows cut to 8 tokens, segments to 16, chunks to 8 wherever a design has them: short sequences leave them."""
     if isinstance(value, Design):
         changes = {name: _narrow(getattr(value, name)) for name in type(value).model_fields}
         for name, most in (("window", WINDOW), ("segment", SEGMENT), ("chunk", CHUNK)):
