@@ -1,10 +1,10 @@
-# make demo: everything from nothing to a page.  make test: the whole suite.
+# make demo: everything from nothing to a page.  make test: the whole suite.  make docs: the site, into site/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MINUTES ?= 4
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint docs install clean
 
 install: $(VENV)/.installed
 
@@ -16,6 +16,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.tested: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+$(VENV)/.documented: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	touch $@
 
 demo: install
@@ -30,5 +34,8 @@ lint: $(VENV)/.tested
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
+docs: $(VENV)/.documented
+	$(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) runs site .pytest_cache .ruff_cache .hypothesis .import_linter_cache

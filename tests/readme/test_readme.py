@@ -45,18 +45,22 @@ def test_five_lines_of_python(here):
 def test_verbs(here):
     commands = re.findall(r"^\| `(postformer [^`]+)` \|", README, re.M)
     assert {c.split()[1] for c in commands} == {
-        "demo", "list", "explain", "verify", "train", "generate", "report", "doctor"}
-    order = ("list", "explain", "verify", "train", "generate", "report", "doctor")
+        "demo", "list", "explain", "verify", "train", "generate", "gauntlet", "report", "doctor"}
+    order = ("list", "explain", "verify", "train", "generate", "gauntlet", "report", "doctor")
     for verb in order:
         command = next(c for c in commands if c.split()[1] == verb)
         command = command.replace("500k", "30k").replace("RUN...", "runs/mamba2-stdlib")
         words = shlex.split(command)[1:]
         if verb == "generate":
             words += ["--tokens", "10"]
+        if verb == "gauntlet":
+            small = ("tokens=2048", "batch_size=8", "width=16", "head=8", "layers=1")
+            words += ["--tasks", "mqar", "--seeds", "1", *(word for change in small for word in ("-s", change))]
         if verb == "report":
             words += ["--out", "page.html"]
         run([sys.executable, "-m", "postformer", *words], here)
     assert (here / "page.html").exists()
+    assert (here / "runs" / "gauntlet" / "report.html").exists()
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def entries(tier_name: str, tasks: str | None = None, changes: Sequence[str] = (
         chosen = {}
         for key in filter(None, (part.strip() for part in tasks.split(","))):
             if key not in everything and key not in task_names():
-                raise TaskError(f"no task is called {key!r}.{nearest(key, [*everything, *task_names()])}")
+                raise TaskError(f"no task is called {key!r}.{nearest(key, {*everything, *task_names()})}")
             chosen[key] = everything.get(key) or Entry(key=key, task=key, tokens=TOKENS)
     data: dict[str, Any] = {key: entry.model_dump(exclude_unset=True) for key, entry in chosen.items()}
     for change in changes:

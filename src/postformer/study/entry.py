@@ -118,7 +118,7 @@ def fitted(recipe: Recipe | str, width: int, layers: int, overrides: list[str]) 
 def tier(name: str) -> dict[str, Entry]:
     """The entries of a tier by key, in order. Raises ValueError for a tier that does not exist."""
     if name not in TIERS:
-        raise ValueError(f"no tier is named {name!r}.{nearest(name, TIERS)} There are: {', '.join(TIERS)}")
+        raise ValueError(f"no tier is named {name!r}.{nearest(name, TIERS)}")
     text = files("postformer").joinpath("study", "tiers", f"{name}.yaml").read_text(encoding="utf-8")
     found = {}
     for key, value in yaml.safe_load(text).items():

@@ -109,8 +109,11 @@ class _Session:
         self.started = ledger.note("started", results.now())
         self.outcomes: dict[str, Outcome] = {}
         self.written = 0.0
+        self.at_once = 1
+        """Trials that run beside each other, for the time left"""
 
     def run(self, workers: int | Literal["ray"], costs: bool) -> dict[str, Any]:
+        self.at_once = workers if isinstance(workers, int) else os.cpu_count() or 1
         ended = threading.Event()
         renewing = threading.Thread(target=self._renew, args=(ended,), daemon=True)
         renewing.start()
@@ -214,7 +217,7 @@ class _Session:
             pace = next((statistics.mean(speeds[key]) for key in keys if key in speeds), 0.0)
             tokens = sum(t.tokens for t in cell.wanted(self.outcomes) if t.id not in self.outcomes)
             seconds += pace * (tokens + cell.unknown(self.outcomes) * cell.entry.tokens)
-        seconds /= min(os.cpu_count() or 1, 64)
+        seconds /= self.at_once
         return f"; about {seconds / 60:.0f} min left" if seconds >= 30 else ""
 
     def _cost_jobs(self) -> list[Job]:
