@@ -235,3 +235,14 @@ def test_a_ray_cluster_gives_the_same(visible, installed, tmp_path):
         texts.append([(c["sweep"], [s["test"] for s in c["seeds"]], [f["why"] for f in c["failures"]])
                       for c in found["cells"]])
     assert texts[0] == texts[1]
+
+
+def test_equal_flops_give_the_dearer_design_fewer_tokens():
+    from postformer.study.match import amount
+
+    plan = ask(["transformer", "deltaproduct"], "standard", "mqar", changes=["equal=flops"])
+    one, two = plan.cells
+    spent = [c.tokens * amount(c.recipe, c.entry, "flops") for c in (one, two)]
+    assert spent[0] == pytest.approx(spent[1], rel=1e-4)
+    assert one.tokens == one.entry.tokens > two.tokens
+    assert two.wanted({})[0].tokens == two.tokens // 4

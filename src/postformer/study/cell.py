@@ -30,7 +30,14 @@ class Cell:
     recipe: Recipe
     """At the entry's size"""
     seeds: int
+    budget: int = 0
+    """Training tokens of a trial that counts; 0: the entry's"""
     _made: dict[tuple[Any, ...], Trial] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """The budget."""
+        return self.budget or self.entry.tokens
 
     def trial(self, stage: str, rate: float, seed: int, tokens: int) -> Trial:
         """One of this cell; the same object every time."""
@@ -48,7 +55,7 @@ class Cell:
             sizes.append(max(1, sizes[-1] // 2))
         rounds: list[list[Trial]] = []
         for left in range(len(sizes) - 1, -1, -1):
-            tokens = max(1, self.entry.tokens // (SHARE * 2**left))
+            tokens = max(1, self.tokens // (SHARE * 2**left))
             rounds.append([self.trial("sweep", rate, SWEEP_SEED, tokens) for rate in rates])
             if not left:
                 break
@@ -66,7 +73,7 @@ class Cell:
     def finals(self, outcomes: Mapping[str, Outcome]) -> list[Trial]:
         """Those that count; none while the rate is not known."""
         rate = self.rate(outcomes)
-        return [] if rate is None else [self.trial("final", rate, seed, self.entry.tokens)
+        return [] if rate is None else [self.trial("final", rate, seed, self.tokens)
                                         for seed in range(self.seeds)]
 
     def wanted(self, outcomes: Mapping[str, Outcome]) -> list[Trial]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -66,6 +66,8 @@ class Entry(_Data):
     batch_size: int = 64
     tokens: int = Field(gt=0)
     """Training budget of one trial; the sweep of learning rates has a quarter of it"""
+    equal: Literal["tokens", "flops"] = "tokens"
+    """flops: the first design has the tokens, every other as many as cost the same training FLOPs"""
     rates: tuple[float, ...] = Field(default=(1e-3, 3e-3, 1e-2), min_length=3)
     until: float | None = 0.995
     """A trial stops early where validation is so good at every setting (negative where less is better)"""

@@ -57,14 +57,13 @@ class Plan:
         if not self.designs or not self.entries or self.seeds < 1:
             raise ValueError("a gauntlet needs at least one design, one task and one seed")
         for entry in self.entries.values():
-            target = None
-            for name, recipe in self.designs.items():
+            first = entry.sized(next(iter(self.designs.values())))
+            for number, (name, recipe) in enumerate(self.designs.items()):
                 sized = entry.sized(recipe)
-                if self.match and target is None:
-                    target = amount(sized, entry, self.match)
-                elif self.match and target is not None:
-                    sized = matched(recipe, entry, self.match, target)
-                self.cells.append(Cell(name, entry, sized, self.seeds))
+                if self.match and number:
+                    sized = matched(recipe, entry, self.match, amount(first, entry, self.match))
+                share = amount(first, entry, "flops") / amount(sized, entry, "flops") if entry.equal == "flops" else 1
+                self.cells.append(Cell(name, entry, sized, self.seeds, round(entry.tokens * share)))
 
 
     def lines(self) -> list[str]:
@@ -216,7 +215,7 @@ class _Session:
             keys = ((cell.design, cell.entry.key), cell.entry.key, None)
             pace = next((statistics.mean(speeds[key]) for key in keys if key in speeds), 0.0)
             tokens = sum(t.tokens for t in cell.wanted(self.outcomes) if t.id not in self.outcomes)
-            seconds += pace * (tokens + cell.unknown(self.outcomes) * cell.entry.tokens)
+            seconds += pace * (tokens + cell.unknown(self.outcomes) * cell.tokens)
         seconds /= self.at_once
         return f"; about {seconds / 60:.0f} min left" if seconds >= 30 else ""
 
