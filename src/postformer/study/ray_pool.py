@@ -7,6 +7,7 @@ A job's directory is one of the machine it runs on; only its outcome comes back,
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ class RayPool:
         self.ray, self.logs = ray, logs
         self.mine = not ray.is_initialized()
         if self.mine:
-            ray.init(logging_level="warning", log_to_driver=False, include_dashboard=False)
+            ray.init(logging_level=logging.WARNING, log_to_driver=False, include_dashboard=False)
         self.task = ray.remote(num_cpus=1, max_retries=0)(_work)
 
     def __enter__(self) -> RayPool:
