@@ -65,7 +65,8 @@ def results(plan: Plan, ledger: Ledger, started: str) -> dict[str, Any]:
         "started": started, "ended": now() if over else None, "environment": environment(), "tier": plan.tier,
         "match": {"on": plan.match, "reference": reference} if plan.match else None, "seeds": plan.seeds,
         "designs": [
-            {"key": key, "name": recipe.name, "id": recipe.id, "paper": recipe.paper, "summary": recipe.summary,
+            {"key": key, "name": key, "recipe": recipe.name, "id": recipe.id, "paper": recipe.paper,
+             "summary": recipe.summary,
              "layers": {c.entry.key: len(c.recipe.model.stack) for c in plan.cells if c.design == key},
              "width": {c.entry.key: c.recipe.model.width for c in plan.cells if c.design == key}}
             for key, recipe in plan.designs.items()],

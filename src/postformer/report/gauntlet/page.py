@@ -82,6 +82,11 @@ def _protocol(study: Study) -> list[str]:
     if rates and max(rates) > 1:
         several = f"{min(rates)} to {max(rates)}" if min(rates) != max(rates) else str(max(rates))
         out.append(f"The learning rate of each design on each task is the best of {several} on the validation split.")
+        chosen = [c for c in study.cells.values() if c.get("rate") is not None and len(c.get("sweep") or []) > 1]
+        if at_end := sum(c["rate"] in (min(ends := [s["rate"] for s in c["sweep"]]), max(ends))
+                         for c in chosen):
+            out.append(f"In {at_end} of {numbers.plural(len(chosen), 'pair')} of design and task it is the least or "
+                       "the greatest that was tried, and a wider sweep might find a better one.")
     else:
         out.append("Learning rates are not swept, so a design may suffer from one that does not suit it.")
     out.append("The test split is read once, after all choices; scores inside and outside the training distribution "
