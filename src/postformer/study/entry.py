@@ -34,7 +34,8 @@ class Learned(_Data):
     tokens: int
     setting: Setting
     level: float | None = None
-    """What counts as learned; None: 0.9, or three quarters of the shortcut's figure where less is better"""
+    """What counts as learned; None: 0.9, and at least half of the way from the shortcut to 1; where less is better,
+    three quarters of the shortcut's figure"""
 
     def reached(self, task: Task, found: float) -> bool:
         """Whether a figure of the task's metric is that good."""
@@ -45,7 +46,7 @@ def good(task: Task, setting: Setting, found: float, level: float | None = None)
     """Whether a task counts as learned at a setting by a figure of its metric."""
     if task.better == "lower":
         return found <= (0.75 * task.shortcut(setting) if level is None else level)
-    return found >= (0.9 if level is None else level)
+    return found >= (max(0.9, (1 + task.shortcut(setting)) / 2) if level is None else level)
 
 
 class Entry(_Data):
