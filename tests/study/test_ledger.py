@@ -25,8 +25,8 @@ def ledger(tmp_path):
         yield made
 
 
-def done(score, tokens=100):
-    settings = {f"{a}x{b}/token_accuracy": score for a, b in ((8, 2), (32, 8), (64, 16))}
+def done(score, tokens=100, loss=1.0):
+    settings = {f"{a}x{b}/token_accuracy": score for a, b in ((8, 2), (32, 8), (64, 16))} | {"loss": loss}
     return Outcome("finished", {"result": {"validation": settings, "tokens": tokens, "reason": None}})
 
 
@@ -95,6 +95,10 @@ def test_the_test_split_is_read_once_and_never_tuned_to(ledger, cell):
     with pytest.raises(TestSplitRead, match="Keep the rates"):
         ledger.add([cell.trial("sweep", 0.02, SWEEP_SEED, 1000)])
     ledger.add(cell.finals({t.id: done(0.5) for t in sweep}))  # more seeds are no tuning
+    second = cell.trial("final", 0.01, 0, 4000)
+    ledger.add([second])
+    with pytest.raises(TestSplitRead, match="may not judge a second one"):
+        ledger.open_test(second)
     other = Cell("transformer", ENTRY, ENTRY.sized("transformer"), 2)
     ledger.add(other.wanted({}))
 
@@ -148,6 +152,8 @@ def test_the_best_rate_by_validation(cell):
     assert [(t.rate, t.seed, t.tokens, t.stage) for t in finals] == [(0.003, s, 4000, "final") for s in (0, 1)]
     tie = dict(zip((t.id for t in sweep), (done(1.0, 90), done(1.0, 50), done(1.0, 70))))
     assert cell.rate(tie) == 0.003  # solved first
+    none = dict(zip((t.id for t in sweep), (done(0.0, loss=3.0), done(0.0, loss=2.5), done(0.0, loss=2.0))))
+    assert cell.rate(none) == 0.01  # none has begun to solve it
     failing = dict(zip((t.id for t in sweep), (FAILED, done(0.1), FAILED)))
     assert cell.rate(failing) == 0.003
     none = dict.fromkeys((t.id for t in sweep), FAILED)

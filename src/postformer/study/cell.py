@@ -104,8 +104,8 @@ class Cell:
         sign = -1 if self.entry.make().better == "higher" else 1
 
         def key(trial: Trial) -> tuple[float, int, float]:
-            outcome = outcomes[trial.id]
-            # Where several solve the task, the one that needed least of it; then the slower rate.
-            return sign * round(self.score(outcome), 6), outcome.data["result"]["tokens"], trial.rate
+            result = outcomes[trial.id].data["result"]
+            # Where several solve the task, the one that needed least of it; where none has begun to, the least loss.
+            return sign * round(self.score(outcomes[trial.id]), 6), result["tokens"], result["validation"]["loss"]
 
         return sorted((t for t in trials if outcomes[t.id].status == "finished"), key=key)

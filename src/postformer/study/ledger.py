@@ -173,9 +173,17 @@ class Ledger:
     def open_test(self, trial: Trial) -> None:
         """Leave to read the test split: for a final trial whose outcome is not known, and for nothing else.
 
-        A trial that was killed after this may ask again: nobody has seen what it read. Raises TestSplitRead.
+        A trial that was killed after this may ask again: nobody has seen what it read. A cell has one rate: a second
+        one would be a choice by test figures. Raises TestSplitRead.
         """
         with self._alone():
+            specs = self.db.execute("SELECT spec FROM trials JOIN test_reads ON trial = id WHERE trials.cell = ?",
+                                    (trial.cell,))
+            rates = {Trial.model_validate_json(spec).rate for (spec,) in specs}
+            if rates - {trial.rate}:
+                raise TestSplitRead(f"{trial.label()}: the test split has judged {trial.design} at the rate "
+                                    f"{rates.pop():g}, and may not judge a second one. Start a study in a new "
+                                    "directory, with all designs.")
             if trial.stage != "final":
                 raise TestSplitRead(f"{trial.label()} chooses a learning rate: it may not see the test split")
             if self.db.execute("SELECT 1 FROM outcomes WHERE trial = ?", (trial.id,)).fetchone():
