@@ -79,11 +79,11 @@ TEXT = """# What the sprint found
 ```
 
 Eight designs, four questions, three learning rates each on a quarter of the budget, three seeds at the best;
-validation chose, the test split was read once. `one-step` is DeltaNet with rates in (0, 2), `two-steps-01` DeltaProduct
-with rates in (0, 1). Griffin and RWKV-7 have two kinds of layer and so two layers where the others have one. Matched in
-width, depth and tokens only: parameters and bytes of state stand beside the scores. Models of this size say what an architecture
-learns quickly, not what it can do at a billion parameters. The ledger is `benchmarks/sprint.jsonl`;
-`python benchmarks/sprint_table.py` makes this page and the full report from it.
+validation chose, the test split was read once. `one-step` is DeltaNet with rates in (0, 2), `two-steps-01`
+DeltaProduct with rates in (0, 1). Griffin and RWKV-7 have two kinds of layer and so two layers where the others have
+one. Matched in width, depth and tokens only: parameters and bytes of state stand beside the scores. Models of this
+size say what an architecture learns quickly, not what it can do at a billion parameters. The ledger is
+`benchmarks/sprint.jsonl`; `python benchmarks/sprint_table.py` makes this page and the full report from it.
 
 {sections}
 ## What it shows
