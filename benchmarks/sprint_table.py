@@ -97,8 +97,9 @@ size say what an architecture learns quickly, not what it can do at a billion pa
 - **Recall beyond the load** (30 pairs after training on 8): Mamba-2, whose state is the largest, keeps most, then
   RWKV-7, whose state is the smallest. The Transformer, which keeps everything, does not carry its lookup to sequences
   four times as long (rotary positions); bytes of state alone do not order these designs.
-- **Copying 64 letters**: the Transformer does it, no fixed state begins to within this budget, though all of them have
-  room for 300 bits many times over. What fails here is learning to use the room, not the room.
+- **Copying 64 letters**: the Transformer does it on every seed, Griffin, whose window of attention holds the string, on
+  one of three, no memory of fixed size within this budget, though each has room for 300 bits many times over. By letter
+  RWKV-7 has 0.36 to 0.46 and one seed of Mamba-2 0.65. What fails here is learning to use the room, not the room.
 """
 
 if __name__ == "__main__":
