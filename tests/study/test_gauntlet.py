@@ -15,7 +15,8 @@ from postformer.study.gauntlet import run_gauntlet
 from postformer.study.ledger import Ledger
 from postformer.training import read_run
 
-SMALL = ["tokens=2048", "batch_size=8", "width=16", "head=8", "layers=1", "test_batches=2", "evaluate_batches=2"]
+SMALL = ["tokens=2048", "batch_size=8", "width=16", "head=8", "layers=1", "test_batches=2", "evaluate_batches=2",
+         "extend=0"]
 TASKS = '''
 import os, time, torch
 from postformer.task import Task, TaskBatch, Difficulties

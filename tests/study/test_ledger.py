@@ -10,7 +10,7 @@ from postformer.study.asking import design, entries
 from postformer.study.cell import SWEEP_SEED, Cell
 from postformer.study.ledger import Ledger, LedgerError, Outcome, TestSplitRead
 
-ENTRY = entries("standard", "mqar", ["tokens=4000", "batch_size=4", "rates=[0.001, 0.003, 0.01]"])["mqar"]
+ENTRY = entries("standard", "mqar", ["tokens=4000", "batch_size=4", "rates=[0.001, 0.003, 0.01]", "extend=0"])["mqar"]
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_the_best_rate_by_validation(cell):
 
 
 def test_many_rates_are_halved(cell):
-    entry = ENTRY.model_copy(update={"rates": tuple(1e-3 * i for i in range(1, 9)), "tokens": 16000})
+    entry = ENTRY.model_copy(update={"rates": tuple(1e-3 * i for i in range(1, 9)), "tokens": 16000, "extend": 0})
     many = Cell("gated-deltanet", entry, cell.recipe, 1)
     outcomes = {}
     for expected in ((8, 1000), (4, 2000), (2, 4000)):
@@ -172,6 +172,27 @@ def test_many_rates_are_halved(cell):
         outcomes |= {t.id: done(t.rate) for t in new}
     assert many.rate(outcomes) == pytest.approx(8e-3)
     assert [t.tokens for t in many.wanted(outcomes) if t.stage == "final"] == [16000]
+
+
+def test_a_sweep_goes_on_where_its_best_rate_lies_at_an_end(cell):
+    entry = ENTRY.model_copy(update={"extend": 2})
+    wide = Cell("gated-deltanet", entry, cell.recipe, 1)
+    outcomes = {}
+
+    def grow(score):
+        new = [t for t in wide.wanted(outcomes) if t.id not in outcomes]
+        outcomes.update({t.id: done(score(t.rate)) for t in new})
+        return [(t.stage, t.rate) for t in new]
+
+    assert len(grow(lambda rate: rate)) == 3  # the greatest is the best
+    assert grow(lambda rate: rate) == [("sweep", 0.0333)]
+    assert grow(lambda rate: 0.0) == [("sweep", 0.111)]
+    assert grow(lambda rate: 0.0) == [("final", 0.0333)]
+    outcomes.clear()
+    assert len(grow(lambda rate: -rate)) == 3  # the least
+    assert grow(lambda rate: -1) == [("sweep", 0.000333)]
+    assert grow(lambda rate: 0.0) == [("final", 0.001)]  # one step beyond was worse: no further
+    assert [t.rate for t in wide.sweep(outcomes)[-1]] == [0.001, 0.003, 0.01, 0.000333]
 
 
 def test_ids_are_of_what_the_result_depends_on(cell):

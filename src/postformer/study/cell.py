@@ -1,7 +1,8 @@
 """Cell: one design on one entry, and the trials that judge it.
 
 The learning rates are halved by their validation scores until at most three are left; those get a quarter of the
-budget, and the best of them the whole of it, once per seed. Only these final trials read the test split.
+budget. While the best lies at an end of what was tried, the next rate beyond it is tried too, some times. The best gets
+the whole budget, once per seed. Only these final trials read the test split.
 """
 
 from __future__ import annotations
@@ -63,7 +64,22 @@ class Cell:
             if ranked is None:
                 break
             rates = sorted(t.rate for t in ranked[: sizes[len(rounds)]])
+        if len(rounds) == len(sizes):
+            rounds[-1] += self._beyond(rounds[-1], outcomes)
         return rounds
+
+    def _beyond(self, last: list[Trial], outcomes: Mapping[str, Outcome]) -> list[Trial]:
+        """Trials past an end of the sweep, as long as the best one lies there."""
+        rates, found = sorted(self.entry.rates), []
+        for _ in range(self.entry.extend):
+            ranked = self._ranked([*last, *found], outcomes)
+            if not ranked or len(rates) < 2 or ranked[0].rate not in (rates[0], rates[-1]):
+                break
+            upwards = ranked[0].rate == rates[-1]
+            edge, inner = (rates[-1], rates[-2]) if upwards else (rates[0], rates[1])
+            found.append(self.trial("sweep", float(f"{edge**2 / inner:.3g}"), SWEEP_SEED, last[0].tokens))
+            rates = sorted([*rates, found[-1].rate])
+        return found
 
     def rate(self, outcomes: Mapping[str, Outcome]) -> float | None:
         """The best rate; None while it is not known, or if every rate failed."""

@@ -70,6 +70,8 @@ class Entry(_Data):
     equal: Literal["tokens", "flops"] = "tokens"
     """flops: the first design has the tokens, every other as many as cost the same training FLOPs"""
     rates: tuple[float, ...] = Field(default=(1e-3, 3e-3, 1e-2), min_length=3)
+    extend: int = Field(default=2, ge=0)
+    """How often a sweep whose best rate lies at an end may go one step further there"""
     until: float | None = 0.995
     """A trial stops early where validation is so good at every setting (negative where less is better)"""
     evaluate_batches: int = 8

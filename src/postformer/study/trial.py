@@ -42,7 +42,8 @@ class Trial(BaseModel):
     @cached_property
     def cell(self) -> str:
         """The design on the entry, whatever rate and seed: a hash."""
-        entry = self.entry.model_dump(mode="json", exclude={"learned", "note", "rates"}, exclude_defaults=True)
+        aside = {"learned", "note", "rates", "extend"}
+        entry = self.entry.model_dump(mode="json", exclude=aside, exclude_defaults=True)
         return _hash([self.made.id, entry])
 
     @cached_property
