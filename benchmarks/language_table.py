@@ -25,7 +25,8 @@ import torch.nn.functional as F
 
 from postformer.contract import state as states
 from postformer.data import Corpus, load_corpus
-from postformer.design import DesignError, Recipe, load, names
+from postformer.design import Recipe, load, names
+from postformer.study.entry import fitted
 from postformer.training import TrainConfig, load_run, train_language
 
 HERE = Path(__file__).resolve().parent
@@ -45,12 +46,7 @@ def small(name: str) -> Recipe:
     """Width 64; four layers of two sublayers or eight of one, or the fewest more that hold the whole pattern."""
     model = load(name).model
     start = 8 if all(len(model.layers[layer]) == 1 for layer in model.stack) else 4
-    for layers in range(start, 17):
-        try:
-            return load(name, width=64, layers=layers)
-        except DesignError as e:
-            refused = e
-    raise refused
+    return fitted(name, 64, start, [])
 
 
 def read() -> dict[str, dict[str, Any]]:

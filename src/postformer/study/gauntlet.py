@@ -1,6 +1,6 @@
 """The gauntlet: designs x tasks, learning rates swept, seeds repeated, everything in one ledger and one result.
 
-    run_gauntlet({"gated-deltanet": load("gated-deltanet")}, tier("sprint"), "runs/gauntlet")
+    run_gauntlet(ask(["transformer", "gated-deltanet"], "sprint"), "runs/gauntlet")      # ask: postformer.study.asking
 
     ledger.sqlite      trials and outcomes; several runners may share it
     ledger.jsonl       the same as text, written at the end of a session
@@ -146,9 +146,9 @@ class _Session:
     def _open(self) -> list[Trial]:
         """Trials that are needed and have no outcome yet, in order; they are in the ledger then."""
         self.outcomes = self.ledger.outcomes()
-        wanted = [t for cell in self.plan.cells for t in cell.wanted(self.outcomes)]
-        self.ledger.add(wanted)
-        return [t for t in wanted if t.id not in self.outcomes]
+        found = [t for cell in self.plan.cells for t in cell.wanted(self.outcomes) if t.id not in self.outcomes]
+        self.ledger.add(found)
+        return found
 
     def _take(self) -> Job | None:
         trial = self.ledger.take(self._open())
@@ -177,7 +177,7 @@ class _Session:
         else:
             ended = Outcome("finished", outcome)
         self.ledger.finish(trial, ended)
-        self.outcomes = self.ledger.outcomes()
+        self.outcomes[trial.id] = ended  # the whole ledger is read before the next trial is taken
         if trial.stage == "sweep":
             shutil.rmtree(self._run(trial) / "checkpoints", ignore_errors=True)
         self.say(self._line(trial, ended))

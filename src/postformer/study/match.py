@@ -8,6 +8,7 @@ from typing import Literal
 
 from postformer.design import DesignError, Recipe, load
 from postformer.study.entry import Entry
+from postformer.task import setting_length
 
 Quantity = Literal["params", "flops", "state"]
 QUANTITIES = ("params", "flops", "state")
@@ -21,9 +22,9 @@ def amount(recipe: Recipe, entry: Entry, on: Quantity) -> float:
     if on == "params":
         return cost.params
     if on == "flops":
-        length = max(map(_length, difficulties.train))
+        length = max(map(setting_length, difficulties.train))
         return cost.flops(length) / length
-    return cost.state_bytes(max(map(_length, difficulties.evaluate)))
+    return cost.state_bytes(max(map(setting_length, difficulties.evaluate)))
 
 
 def matched(recipe: Recipe, entry: Entry, on: Quantity, target: float) -> Recipe:
@@ -68,7 +69,3 @@ def _hidden(recipe: Recipe) -> list[Recipe]:
             changes += [f"model.mixers.{name}.expand=null", f"model.mixers.{name}.dim_hidden={hidden}"]
         found.append(load(recipe, changes))
     return found
-
-
-def _length(setting: int | tuple[int, ...]) -> int:
-    return setting if isinstance(setting, int) else setting[0]

@@ -14,7 +14,7 @@ from postformer.design import DesignError
 from postformer.study.cell import Cell
 from postformer.study.entry import good
 from postformer.study.ledger import Ledger, Outcome
-from postformer.task import Task, setting_name
+from postformer.task import Task, setting_length, setting_name
 from postformer.training.files import write_json
 
 if TYPE_CHECKING:
@@ -112,8 +112,8 @@ def _somebody(key: str, task: Task, cells: list[dict[str, Any]]) -> bool:
 
 def _cell(cell: Cell, outcomes: dict[str, Outcome]) -> dict[str, Any]:
     task, recipe = cell.entry.make(), cell.recipe
-    lengths = {setting_name(s): s if isinstance(s, int) else s[0] for s in task.difficulties.evaluate}
-    trained = max(s if isinstance(s, int) else s[0] for s in task.difficulties.train)
+    lengths = {setting_name(s): setting_length(s) for s in task.difficulties.evaluate}
+    trained = max(map(setting_length, task.difficulties.train))
     try:
         cost = recipe.cost()
         counted: dict[str, Any] = {"params": cost.params, "flops_per_token": cost.flops(trained) / trained,

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from postformer.design import Recipe, load
 from postformer.study.entry import Entry
+from postformer.task import setting_length
 from postformer.training import TrainConfig
 
 EVALUATIONS = 12
@@ -54,7 +55,7 @@ class Trial(BaseModel):
     def config(self) -> TrainConfig:
         """How it is trained."""
         entry = self.entry
-        lengths = [s if isinstance(s, int) else s[0] for s in entry.make().difficulties.train]
+        lengths = [setting_length(s) for s in entry.make().difficulties.train]
         steps = max(1, round(self.tokens / entry.batch_size / statistics.mean(lengths)))
         return TrainConfig.model_validate({
             "steps": steps, "batch_size": entry.batch_size, "seed": self.seed, "threads": 1, "until": entry.until,

@@ -22,6 +22,7 @@ from postformer.task.base import (
     TaskBatch,
     TaskError,
     seeded,
+    setting_length,
     setting_name,
 )
 from postformer.task.compression import Compression
@@ -65,5 +66,6 @@ __all__ = [
     "names",
     "register",
     "seeded",
+    "setting_length",
     "setting_name",
 ]

@@ -202,6 +202,11 @@ def setting_name(setting: Setting) -> str:
     return str(setting) if isinstance(setting, int) else "x".join(map(str, setting))
 
 
+def setting_length(setting: Setting) -> int:
+    """Tokens of one sequence of a setting: 16 -> 16, (64, 8) -> 64."""
+    return setting if isinstance(setting, int) else setting[0]
+
+
 def mixture(value: Setting | Sequence[Setting], rank: int) -> tuple[Setting, ...]:
     """A setting or a sequence of settings as a tuple of settings; `rank` is how many integers one setting has."""
     if isinstance(value, int):

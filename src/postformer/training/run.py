@@ -22,7 +22,7 @@ from torch import nn
 from postformer.data import Batches, Corpus, load_corpus
 from postformer.design import Cost, DesignError, Recipe
 from postformer.objective import Batch, NextToken
-from postformer.task import Setting, Task, seeded, setting_name
+from postformer.task import Setting, Task, seeded, setting_length, setting_name
 from postformer.task import load as load_named_task
 from postformer.training import checkpoint, record
 from postformer.training.config import TrainConfig
@@ -179,7 +179,7 @@ def task_source(task: str | Task, settings: Setting | Sequence[Setting] | None, 
 
     data = {"kind": "task", "name": task if named else made.name, "named": named, "options": options or {},
             "settings": [list(s) if isinstance(s, tuple) else s for s in chosen]}
-    context = max(s if isinstance(s, int) else s[0] for s in chosen)
+    context = max(map(setting_length, chosen))
     return Source(data, batch_at, evaluate, made.vocab, context, around=made.around)
 
 
