@@ -62,9 +62,14 @@ def _check(q, g, w, e, u, k_add, v_add, state, reset, chunk, emit) -> tuple[int,
     return rows // T, dv
 
 
-def _tokens_per_chunk(T: int, micro: int, chunk: int, q: Tensor, dv: int) -> int:
+def _tokens_per_chunk(T: int, micro: int, chunk: int, q: Tensor, dv: int, native: bool) -> int:
     """The largest power of two with at most `chunk` rows that is worth its C^2 work, no longer than T tokens need."""
     C = chunk
+    if native:
+        C = min(C, 16 if max(q.shape[-1], dv) <= 32 or micro > 1 else 32)
+        while C > 1 and C // 2 >= T:
+            C //= 2
+        return C
     if q.device.type == "cpu":
         while C > 16 and max(q.shape[-1], dv) // 2 < C:
             C //= 2
@@ -115,7 +120,8 @@ def gdr(
         state: [B, H, dk, dv], the memory before the first token; None is zero.
         reset: [B, T] bool; the memory is zero before these tokens, exactly, whatever the flags.
         chunk: upper bound of tokens per parallel chunk, a power of two. Changes speed, not results.
-        backend: "auto", "reference" (token by token) or "parallel" (chunks).
+        backend: "auto" (the fastest here), "reference" (token by token), "parallel" (chunks of PyTorch operations) or
+            "native" (chunks by compiled code, on a CPU with a compiler).
         emit: also return the memory before tokens 0, emit, 2*emit, ... (before a reset at that token).
 
     Returns:
@@ -150,7 +156,8 @@ def gdr(
         o, S, emitted = gdr_recurrent(q, g, w, e, u, k_add, v_add, S, reset, *flags, emit)
     else:
         writes = (w, e, u, k_add, v_add)
-        o, S, emitted = _parallel(q, g, writes, S, reset, flags, chunk, emit)
+        native = settings.native(backend, q, "gdr")
+        o, S, emitted = _parallel(q, g, writes, S, reset, flags, chunk, emit, native)
     o = o.to(out_dtype)
     return (o, S) if emit is None else (o, S, emitted)
 
@@ -158,17 +165,18 @@ def gdr(
 Writes = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def _parallel(q, g, writes: Writes, S, reset, flags: tuple[int, bool, bool], chunk: int, emit: int | None):
+def _parallel(q, g, writes: Writes, S, reset, flags: tuple[int, bool, bool], chunk: int, emit: int | None,
+              native: bool):  # fmt: skip
     """Chunks that start wherever a state is to be emitted, or else one call for each emitted state."""
     T, micro = q.shape[2], flags[0]
     dv = S.shape[-1]
-    C = _tokens_per_chunk(T, micro, chunk, q, dv)
+    C = _tokens_per_chunk(T, micro, chunk, q, dv, native)
     if emit is None:
-        return (*gdr_chunked(q, g, *writes, S, reset, *flags, C)[:2], None)
+        return (*gdr_chunked(q, g, *writes, S, reset, *flags, C, native, False)[:2], None)
     common = emit & -emit
     if emit >= T or common >= min(C, 16):
         C = C if emit >= T else min(C, common)
-        o, last, states = gdr_chunked(q, g, *writes, S, reset, *flags, C)
+        o, last, states = gdr_chunked(q, g, *writes, S, reset, *flags, C, native, True)
         return o, last, states[:: max(1, emit // C)].transpose(0, 1) if emit < T else states[:1].transpose(0, 1)
     w, e, u, k, v = writes
     out, emitted = [], []
@@ -181,7 +189,7 @@ def _parallel(q, g, writes: Writes, S, reset, flags: tuple[int, bool, bool], chu
 
         o, S, _ = gdr_chunked(
             q[:, :, t:stop], cut(g), cut(w, micro), cut(e, micro), cut(u, micro), cut(k, micro), cut(v, micro), S,
-            None if reset is None else reset[:, t:stop], *flags, _tokens_per_chunk(stop - t, micro, chunk, q, dv),
+            None if reset is None else reset[:, t:stop], *flags, _tokens_per_chunk(stop - t, micro, chunk, q, dv, native), native, False,
         )
         out.append(o)
     return torch.cat(out, 2), S, torch.stack(emitted, 1)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .gdr_channel import ChannelChunks
 from .gdr_head import HeadChunks
+from .gdr_native import NativeChunks
 
 RESET = -1e4
 """A log-decay whose exponential is exactly zero in fp32 and fp64, and which can still be added to others."""
@@ -39,10 +40,13 @@ def gdr_chunked(
     erase_before_decay: bool,
     read_before_update: bool,
     C: int,
+    native: bool,
+    emits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes as in `gdr`, all floating tensors already in the state's dtype, C tokens per chunk (a power of two).
 
-    Returns (o, state, the state before every C-th token [N, B, H, dk, dv]).
+    native: by compiled code. Returns (o, state, the state before every C-th token [N, B, H, dk, dv]); the last is empty
+    where it was neither asked for (`emits`) nor needed for gradients.
     """
     (B, H, T, _), R = q.shape, micro
     if reset is not None:
@@ -58,6 +62,10 @@ def gdr_chunked(
             first = torch.arange(R, device=q.device) == 0
             e = e.masked_fill(cut[..., None] & first[:, None], 0.0).flatten(2, 3)
     pad, flags = (-T) % C, (R, erase_before_decay, read_before_update)
+    if native:
+        inputs = (q, g, w, e, u, k_add, v_add, state)
+        keep = emits or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs))
+        return NativeChunks.apply(*inputs, C, *flags, keep)
     if pad:  # with identity tokens
         q, g = F.pad(q, (0, 0, 0, pad)), None if g is None else F.pad(g, (0, 0, 0, pad))
         w, e, u, k_add, v_add = (None if x is None else F.pad(x, (0, 0, 0, pad * R)) for x in (w, e, u, k_add, v_add))

@@ -13,7 +13,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
-BACKENDS = ("auto", "reference", "parallel")
+from torch import Tensor
+
+from . import native as compiled
+
+BACKENDS = ("auto", "reference", "parallel", "native")
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ def use(*, backend: str | None = None, decay_scale: float | None = None,
         rounding: bool | None = None) -> Iterator[Settings]:
     """Change settings inside a `with` block; what is not named stays as it was.
 
-    backend: "auto" (by shape), "reference" (token by token) or "parallel". It decides only for kernels called with
+    backend: "auto" (the fastest for the shape), "reference" (token by token), "parallel" (PyTorch operations) or
+    "native" (compiled; where a kernel has none, "auto"). It decides only for kernels called with
     `backend="auto"`; a backend named in the call wins. decay_scale: factor >= 0 on the log-decays given to `gdr` and
     `selective_scan`. rounding: False lets ternary maps and integer activations keep what they would round. Raises
     ValueError for any other backend or a negative factor.
@@ -66,6 +71,21 @@ def check_backend(backend: str) -> None:
     """Raise ValueError for a backend that no kernel has."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} does not exist; use one of {', '.join(map(repr, BACKENDS))}")
+
+
+def native(backend: str, x: Tensor, kernel: str) -> bool:
+    """Whether a kernel that has compiled code runs it, for a backend as `choose` gives it.
+
+    Raises RuntimeError where it was asked for by name and there is none for this tensor.
+    """
+    if backend not in ("auto", "native"):
+        return False
+    if compiled.available(x):
+        return True
+    if backend == "native":
+        why = compiled.native().reason if compiled.native().library is None else f"not for {x.dtype} on {x.device}"
+        raise RuntimeError(f"{kernel}: no compiled code: {why}")
+    return False
 
 
 def choose(backend: str) -> str:

@@ -134,7 +134,7 @@ def solve_chunked(q: Tensor, k: Tensor, w: Tensor, g: Tensor | None, ridge: Tens
     H = symmetric(H)
     with settings.use(decay_scale=1.0):
         def read(p: Tensor, **options: Any) -> Any:
-            return gdr(p, g, k_add=w, v_add=k, state=H, reset=reset, backend="parallel", **options)
+            return gdr(p, g, k_add=w, v_add=k, state=H, reset=reset, **options)
 
         # Reads come as p^T H: rows of H hold what w writes, columns what k is.
         norm = _norms(read(k, read_before_update=True)[0], k, w, g, H, reset)

@@ -1,0 +1,132 @@
+"""Compiled kernels for CPUs: C sources of this folder, built by the system's compiler at first use, called by ctypes.
+
+The result is kept in a cache folder, named after the sources, the compiler and the processor, so that a change of any
+builds it anew. Where there is no compiler, or POSTFORMER_NATIVE=0, the PyTorch forms run; `status` says which and why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from ctypes import c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCES = Path(__file__).parent
+FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+
+
+@dataclass(frozen=True)
+class Native:
+    """The compiled library, or why there is none."""
+
+    library: ctypes.CDLL | None
+    reason: str
+
+
+def folder() -> Path:
+    """Where built libraries are kept: $POSTFORMER_CACHE, or else the user's cache folder."""
+    if set_by_user := os.environ.get("POSTFORMER_CACHE"):
+        return Path(set_by_user)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "postformer"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        found = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        found = ""
+    return f"{platform.system()} {platform.machine()} {platform.processor()} {found}"
+
+
+def _key(compiler: str, flags: tuple[str, ...]) -> str:
+    digest = hashlib.sha256()
+    for source in sorted(SOURCES.glob("*.[ch]")):
+        digest.update(source.name.encode() + source.read_bytes())
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20).stdout
+    digest.update("\n".join([version, *flags, _processor()]).encode())
+    return digest.hexdigest()[:16]
+
+
+def build(compiler: str, into: Path, flags: tuple[str, ...] = FLAGS) -> Path:
+    """The library built with these flags, from the folder `into` if it has been built there before.
+
+    OpenMP is used where the compiler has it. Raises OSError where nothing can be written, RuntimeError with the
+    compiler's own words where it fails.
+    """
+    result = into / f"kernels-{_key(compiler, flags)}.so"
+    if result.exists():
+        return result
+    into.mkdir(parents=True, exist_ok=True)
+    sources = [str(path) for path in sorted(SOURCES.glob("*.c"))]
+    said = ""
+    for threads in (("-fopenmp",), ()):
+        with tempfile.NamedTemporaryFile(dir=into, suffix=".so", delete=False) as file:
+            temporary = Path(file.name)
+        command = [compiler, *flags, *threads, "-w", "-o", str(temporary), *sources, "-lm"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            if done.returncode == 0:
+                temporary.replace(result)  # others may build it at the same time: whoever is last wins
+                return result
+            said = done.stderr.strip()
+        finally:
+            temporary.unlink(missing_ok=True)
+    raise RuntimeError(f"{compiler} failed: {said[-400:]}")
+
+
+@cache
+def native() -> Native:
+    """The compiled library, built at the first call in a process unless it is cached."""
+    if os.environ.get("POSTFORMER_NATIVE") == "0":
+        return Native(None, "turned off by POSTFORMER_NATIVE=0")
+    named = os.environ.get("CC")
+    compiler = next((path for name in (named, "cc", "gcc", "clang") if name and (path := shutil.which(name))), None)
+    if compiler is None:
+        return Native(None, "no C compiler (cc, gcc or clang) was found; install one, or name it by CC")
+    failure = ""
+    for into in (folder(), Path(tempfile.gettempdir()) / f"postformer-{os.getuid() if hasattr(os, 'getuid') else ''}"):
+        try:
+            path = build(compiler, into)
+            return Native(ctypes.CDLL(str(path)), f"{Path(compiler).name}, {path}")
+        except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
+            failure = str(error)
+    return Native(None, failure)
+
+
+def available(x: Tensor) -> bool:
+    """Whether compiled kernels take such a tensor."""
+    return x.device.type == "cpu" and x.dtype in SUFFIX and native().library is not None
+
+
+def pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def rows(x: Tensor | None) -> Tensor | None:
+    """The tensor in a layout whose last dimension is dense."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def call(name: str, dtype: torch.dtype, sizes: list[int], pointers: list[int], strides: list[int]) -> None:
+    """Run a kernel with as many threads as PyTorch uses. Raises MemoryError where it finds no memory."""
+    library = native().library
+    assert library is not None
+    function = getattr(library, f"{name}_{SUFFIX[dtype]}")
+    failed = function(
+        (c_int64 * len(sizes))(*sizes), (c_void_p * len(pointers))(*pointers), (c_int64 * len(strides))(*strides),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    if failed:
+        raise MemoryError(f"{name}: no memory for its working space")
