@@ -187,9 +187,9 @@ def _parallel(q, g, writes: Writes, S, reset, flags: tuple[int, bool, bool], chu
         def cut(x, n=1, t=t, stop=stop):
             return None if x is None else x[:, :, t * n : stop * n]
 
-        o, S, _ = gdr_chunked(
-            q[:, :, t:stop], cut(g), cut(w, micro), cut(e, micro), cut(u, micro), cut(k, micro), cut(v, micro), S,
-            None if reset is None else reset[:, t:stop], *flags, _tokens_per_chunk(stop - t, micro, chunk, q, dv, native), native, False,
-        )
+        pieces = (cut(q), cut(g), cut(w, micro), cut(e, micro), cut(u, micro), cut(k, micro), cut(v, micro))
+        C = _tokens_per_chunk(stop - t, micro, chunk, q, dv, native)
+        restart = None if reset is None else reset[:, t:stop]
+        o, S, _ = gdr_chunked(*pieces, S, restart, *flags, C, native, False)
         out.append(o)
     return torch.cat(out, 2), S, torch.stack(emitted, 1)
