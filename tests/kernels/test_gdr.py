@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from postformer.kernels import gdr, gdr_channel, gdr_head, use
+from postformer.kernels import gdr, gdr_channel, gdr_head, native, use
 
 torch.set_num_threads(1)
+FAST = ["parallel"] + ["native"] * (native.native().library is not None)
 FLAGS = list(itertools.product([False, True], repeat=2))
 profile = settings(derandomize=True, deadline=None, max_examples=300, database=None)
 
@@ -74,9 +75,10 @@ def assert_close(found, expected, relative, floor):
     chunk=st.sampled_from([1, 4, 16, 64]),
     emit=st.sampled_from([None, 1, 5, 8, 16, 100]),
     piece=st.sampled_from([None, 1, 512]),
+    backend=st.sampled_from(FAST),
     seed=st.integers(0, 1000),
 )
-def test_chunks_equal_tokens(T, R, decay, family, scale, flags, state, resets, chunk, emit, piece, seed):
+def test_chunks_equal_tokens(T, R, decay, family, scale, flags, state, resets, chunk, emit, piece, backend, seed):
     options = {"erase_before_decay": flags[0], "read_before_update": flags[1], "emit": emit}
     shape = dict(T=T, R=R, decay=decay, family=family, scale=scale, seed=seed, state=state, resets=resets)
     with pytest.MonkeyPatch.context() as patch:
@@ -84,18 +86,19 @@ def test_chunks_equal_tokens(T, R, decay, family, scale, flags, state, resets, c
             patch.setattr(module, "WORKING_SET", piece)
         for dtype, relative, floor in ((torch.float64, 1e-9, 1e-12), (torch.float32, 1e-5, 1e-2)):
             args = inputs(**shape, dtype=dtype)
-            found = run(args, backend="parallel", chunk=chunk, **options)
+            found = run(args, backend=backend, chunk=chunk, **options)
             assert_close(found, run(args, backend="reference", **options), relative, floor)
 
 
 @pytest.mark.parametrize("decay", ["none", "head", "channel"])
 @pytest.mark.parametrize("family", ["delta", "add", "both"])
-def test_gradients_by_finite_differences(decay, family):
+@pytest.mark.parametrize("backend", FAST)
+def test_gradients_by_finite_differences(decay, family, backend):
     args = inputs(B=1, H=1, T=6, dk=3, dv=2, R=2, decay=decay, family=family, seed=3, resets=True)
     names = [k for k, x in args.items() if x is not None and x.is_floating_point()]
 
     def call(*values):
-        return gdr(**(args | dict(zip(names, values))), backend="parallel", chunk=4, erase_before_decay=True)
+        return gdr(**(args | dict(zip(names, values))), backend=backend, chunk=4, erase_before_decay=True)
 
     assert torch.autograd.gradcheck(call, [args[k].clone().requires_grad_() for k in names])
 
@@ -109,14 +112,14 @@ def test_extreme_decay_is_finite(value, decay, flags, zero):
     args["g"] = torch.full_like(args["g"], value)
     if zero:
         args = {k: torch.zeros_like(x) if x.is_floating_point() and k != "g" else x for k, x in args.items()}
-    for backend in ("parallel", "reference"):
+    for backend in (*FAST, "reference"):
         found = run(args, backend=backend, erase_before_decay=flags[0], read_before_update=flags[1])
         assert all(x.isfinite().all() for x in found.values())
 
 
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("decay", ["none", "head", "channel"])
-@pytest.mark.parametrize("backend", ["parallel", "reference"])
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
 @pytest.mark.parametrize("R", [1, 2])
 def test_documents_are_separate(flags, decay, backend, R):
     first, T = 11, 37
@@ -156,9 +159,10 @@ def test_documents_are_separate(flags, decay, backend, R):
     decay=st.sampled_from(["none", "head", "channel"]),
     flags=st.sampled_from(FLAGS),
     R=st.integers(1, 2),
+    backend=st.sampled_from(FAST),
 )
-def test_pieces_equal_whole(cuts, decay, flags, R):
-    T, options = 40, {"erase_before_decay": flags[0], "read_before_update": flags[1]}
+def test_pieces_equal_whole(cuts, decay, flags, R, backend):
+    T, options = 40, {"backend": backend, "erase_before_decay": flags[0], "read_before_update": flags[1]}
     args = inputs(T=T, R=R, decay=decay, family="both", resets=True)
     whole, S = gdr(**args, **options)
     state, reset, parts = args.pop("state"), args.pop("reset"), []
@@ -173,20 +177,22 @@ def test_pieces_equal_whole(cuts, decay, flags, R):
 
 
 @pytest.mark.parametrize("decay", ["head", "channel"])
-def test_identity_tokens_change_nothing(decay):
+@pytest.mark.parametrize("backend", FAST)
+def test_identity_tokens_change_nothing(decay, backend):
     args = inputs(T=20, decay=decay, family="both")
     for name in ("g", "w", "k_add"):
         args[name][:, :, 7:12] = 0
-    _, with_idle = gdr(**args, backend="parallel")
+    _, with_idle = gdr(**args, backend=backend)
     keep = [t for t in range(20) if not 7 <= t < 12]
-    _, S = gdr(**{k: x if k == "state" else x[:, :, keep] for k, x in args.items()}, backend="parallel")
+    _, S = gdr(**{k: x if k == "state" else x[:, :, keep] for k, x in args.items()}, backend=backend)
     torch.testing.assert_close(with_idle, S, rtol=1e-12, atol=1e-12)
 
 
-def test_emitted_states_are_those_of_prefixes():
+@pytest.mark.parametrize("backend", FAST)
+def test_emitted_states_are_those_of_prefixes(backend):
     args = inputs(T=23, family="both", resets=True)
     for n in (1, 4, 7, 16, 50):
-        *_, emitted = gdr(**args, emit=n)
+        *_, emitted = gdr(**args, emit=n, backend=backend)
         assert emitted.shape == (2, -(-23 // n), 2, 4, 3)
         torch.testing.assert_close(emitted[:, 0], args["state"])
         for i in range(1, emitted.shape[1]):
@@ -222,10 +228,18 @@ def test_low_precision_and_autocast_keep_a_float32_state():
     assert (o.float() - want).norm() < 0.02 * want.norm()
 
 
-def test_strided_inputs():
-    args = inputs(T=40)
-    strided = {k: x.transpose(1, 2).contiguous().transpose(1, 2) for k, x in args.items()}
-    torch.testing.assert_close(gdr(**strided)[0], gdr(**args)[0])
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("layout", ["tokens first", "channels last", "broadcast"])
+def test_strided_inputs(backend, layout):
+    args = inputs(T=40, R=2, decay="channel")
+    if layout == "tokens first":
+        strided = {k: x.transpose(1, 2).contiguous().transpose(1, 2) for k, x in args.items()}
+    elif layout == "channels last":
+        strided = {k: x.mT.contiguous().mT for k, x in args.items()}
+    else:
+        strided = {k: x[:, :1].expand(x.shape) for k, x in args.items()}
+        args = {k: x.contiguous() for k, x in strided.items()}
+    torch.testing.assert_close(run(strided, backend=backend), run(args, backend=backend))
 
 
 @pytest.mark.parametrize(

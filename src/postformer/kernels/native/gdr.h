@@ -191,8 +191,8 @@ static void NAME(inside_channel)(const sizes *z, chunk *c, REAL *now0, REAL *now
   long L = z->L, Lp = z->Lp, K = z->K, R = z->R;
   REAL *now[2] = {now0, now1};
   fill(c->whole, K, 1);
-  memset(c->es, 0, z->erases ? Lp * K * sizeof(REAL) : 0);
-  memset(c->er, 0, z->erases ? Lp * K * sizeof(REAL) : 0);
+  if (z->erases) memset(c->es, 0, Lp * K * sizeof(REAL));
+  if (z->erases) memset(c->er, 0, Lp * K * sizeof(REAL));
   memset(c->qs, 0, z->Cp * K * sizeof(REAL));
   memset(c->qr, 0, z->Cp * K * sizeof(REAL));
   for (int f = 0; f < 2; f++) {
