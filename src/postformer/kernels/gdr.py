@@ -184,7 +184,7 @@ def _parallel(q, g, writes: Writes, S, reset, flags: tuple[int, bool, bool], chu
         stop = min(t + emit, T)
         emitted.append(S)
 
-        def cut(x, n=1, t=t, stop=stop):
+        def cut(x: Any, n: int = 1, t: int = t, stop: int = stop) -> Any:
             return None if x is None else x[:, :, t * n : stop * n]
 
         pieces = (cut(q), cut(g), cut(w, micro), cut(e, micro), cut(u, micro), cut(k, micro), cut(v, micro))

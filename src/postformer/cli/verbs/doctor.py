@@ -19,6 +19,7 @@ def doctor(json: Json = False) -> None:
     import torch
 
     from postformer.data.cache import cache_dir
+    from postformer.kernels.native import native
     from postformer.verify import verify
 
     def installed(name: str) -> str | None:
@@ -48,9 +49,13 @@ def doctor(json: Json = False) -> None:
     for name, found in about["extras"].items():
         print(f"  {name:<14} {found or 'not installed'}  (optional; {EXTRAS[name]})")
     print("\nbackends")
-    print("  gdr, scan, selective_scan: parallel, in PyTorch operations (token by token below 4 tokens)")
+    built = native()
+    about["native"] = {"library": built.library is not None, "reason": built.reason}
+    how = "compiled" if built.library else "in PyTorch operations"
+    print(f"  gdr: chunks, {how} on a CPU, in PyTorch operations elsewhere (token by token below 4 tokens)")
+    print("  scan, selective_scan: in blocks, in PyTorch operations")
     print("  attention: scaled_dot_product_attention of PyTorch; sequential: token by token (no other form exists)")
-    print("  no compiled backend is part of this version")
+    print(f"  compiled kernels: {'' if built.library else 'none, '}{built.reason}")
     print(f"\ncorpora are cached in {about['cache']} (POSTFORMER_CACHE changes it)")
     checks = [verify(name, only=("fp32", "finite")) for name in ("transformer", "gated-deltanet", "mamba")]
     about["self_test"] = all(c.passed for c in checks)
