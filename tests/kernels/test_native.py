@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postformer.kernels import gdr, native, use
+from postformer.kernels import gdr, gdr_native, native, use
 
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 compiled = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
@@ -157,6 +157,28 @@ def test_it_is_built_once(tmp_path):
     assert native.build(COMPILER, tmp_path, flags) == path
     assert path.stat().st_mtime_ns == written
     assert list(tmp_path.iterdir()) == [path]
+
+
+@compiled
+@pytest.mark.parametrize("channel", [False, True])
+def test_it_compiles_into_one_graph(channel):
+    """As PyTorch operators with shapes and gradients of their own."""
+    args = delta(dtype=torch.float32, channel=channel)
+    torch.compiler.reset()
+    whole = torch.compile(lambda **x: gdr(**x), fullgraph=True, backend="aot_eager")
+    leaves = {k: x.clone().requires_grad_() for k, x in args.items()}
+    o, S = whole(**leaves)
+    (o.sin().sum() + S.cos().sum()).backward()
+    found = [o.detach(), S.detach(), *(x.grad for x in leaves.values())]
+    torch.testing.assert_close(found, everything(args))
+
+
+@compiled
+def test_the_operators_keep_their_promises():
+    args = delta(B=1, T=20, both=True)
+    inputs = [args[k].requires_grad_() for k in ("q", "g", "w", "e", "u", "k_add", "v_add", "state")]
+    torch.library.opcheck(gdr_native.gdr_chunks, (*inputs, 16, 1, False, False, True))
+    torch.library.opcheck(gdr_native.gdr_chunks, (*inputs[:2], *[None] * 3, *inputs[5:], 16, 1, False, False, True))
 
 
 @compiled

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .gdr_channel import ChannelChunks
 from .gdr_head import HeadChunks
-from .gdr_native import NativeChunks
+from .gdr_native import gdr_chunks
 
 RESET = -1e4
 """A log-decay whose exponential is exactly zero in fp32 and fp64, and which can still be added to others."""
@@ -65,7 +65,7 @@ def gdr_chunked(
     if native:
         inputs = (q, g, w, e, u, k_add, v_add, state)
         keep = emits or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs))
-        return NativeChunks.apply(*inputs, C, *flags, keep)
+        return gdr_chunks(*inputs, C, *flags, keep)[:3]
     if pad:  # with identity tokens
         q, g = F.pad(q, (0, 0, 0, pad)), None if g is None else F.pad(g, (0, 0, 0, pad))
         w, e, u, k_add, v_add = (None if x is None else F.pad(x, (0, 0, 0, pad * R)) for x in (w, e, u, k_add, v_add))

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from . import native as compiled
@@ -33,8 +34,9 @@ DEFAULT = Settings()
 _current: ContextVar[Settings] = ContextVar("postformer_kernel_settings", default=DEFAULT)
 
 
+@torch.compiler.assume_constant_result
 def current() -> Settings:
-    """The settings in force here."""
+    """The settings in force here; inside `torch.compile`, those in force when the code was compiled."""
     return _current.get()
 
 
@@ -91,6 +93,6 @@ def native(backend: str, x: Tensor, kernel: str) -> bool:
 def choose(backend: str) -> str:
     """The backend to run: the call's own unless it is "auto", then the one in force (which may be "auto")."""
     if backend == "auto":
-        return _current.get().backend
+        return current().backend
     check_backend(backend)
     return backend

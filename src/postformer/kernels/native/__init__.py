@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared",
@@ -108,9 +109,14 @@ def native() -> Native:
     return Native(None, failure)
 
 
+@torch.compiler.assume_constant_result
+def _built() -> bool:
+    return native().library is not None
+
+
 def available(x: Tensor) -> bool:
     """Whether compiled kernels take such a tensor."""
-    return x.device.type == "cpu" and x.dtype in SUFFIX and native().library is not None
+    return x.device.type == "cpu" and x.dtype in SUFFIX and _built()
 
 
 def pointer(x: Tensor | None) -> int:
