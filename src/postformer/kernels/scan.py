@@ -10,9 +10,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import settings
+from .scan_native import NativeScan, scan_forward
 
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], object]
 """step(a, h, b, out): out <- a h + b, in whatever algebra."""
+SHORT = 2
+"""Tokens up to which a few operations of PyTorch are faster than any other form."""
 WIDE = 4096
 """Values per token from which a plain walk over the tokens is faster than blocks (measured: 1.1 to 1.7 times)."""
 
@@ -126,20 +129,26 @@ def scan(
         a, b: [B, T, ...] with time on dim 1; they broadcast to each other.
         h0: [B, ...], the value before the first token; None is zero.
         reset: [B, T] bool; the previous value counts as zero at these tokens, exactly.
-        backend: "auto", "reference" (token by token) or "parallel" (about 3 sqrt(T) steps; arXiv 1709.04057).
+        backend: "auto", "reference" (token by token), "parallel" (about 3 sqrt(T) steps; arXiv 1709.04057) or "native"
+            (compiled code: CPU, real numbers).
 
     Returns:
         h [B, T, ...], at least float32; h[:, -1] is the final state. First-order gradients.
 
     Raises:
         ValueError: shapes do not fit.
+        RuntimeError: compiled code was asked for by name and there is none.
     """
     a, b = _prepare("scan", a, b, h0, reset)
+    h = b.new_zeros((b.shape[0], *b.shape[2:])) if h0 is None else h0.to(b.dtype)
+    # Under `use(backend="native")` complex numbers run on what there is for them.
+    named, backend = backend, settings.choose(backend)
+    short = backend == "auto" and b.shape[1] <= SHORT
+    if not short and settings.native(named if b.is_complex() else backend, b, "scan"):
+        return NativeScan.apply(a, b, h, reset)
     if reset is not None:
         a = torch.where(reset.view(*reset.shape, *(1,) * (a.ndim - 2)), 0.0, a)
-    h = torch.zeros_like(b[:, 0]) if h0 is None else h0.to(b.dtype)
-    backend = settings.choose(backend)
-    if backend == "reference" or (backend == "auto" and b.shape[1] <= 2):
+    if short or backend == "reference":
         out = []
         for a_t, b_t in zip(a.unbind(1), b.unbind(1)):
             h = a_t * h + b_t
@@ -148,16 +157,20 @@ def scan(
     return _Scan.apply(a, b, h)
 
 
-def max_plus_scan(a: Tensor, b: Tensor, m0: Tensor | None = None, reset: Tensor | None = None) -> Tensor:
+def max_plus_scan(
+    a: Tensor, b: Tensor, m0: Tensor | None = None, reset: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
     """All values of m_t = max(a_t + m_{t-1}, b_t), the running maximum of xLSTM's stabiliser (arXiv 2405.04517).
 
     a, b: [B, T, ...] with time on dim 1; m0 [B, ...], -1e30 where it is None; reset [B, T] bool: the previous value
-    counts as -1e30 at these tokens. Returns [B, T, ...], at least float32, without gradient.
-    Raises ValueError where shapes do not fit.
+    counts as -1e30 at these tokens. backend: as in `scan`, without a reference of its own. Returns [B, T, ...], at
+    least float32, without gradient. Raises ValueError where shapes do not fit.
     """
     with torch.no_grad():
         a, b = _prepare("max_plus_scan", a, b, m0, reset)
         m = torch.full_like(b[:, 0], -1e30) if m0 is None else m0.to(b.dtype)
+        if settings.native(settings.choose(backend), b, "max_plus_scan"):
+            return scan_forward(a, b, m, reset, True).view(b.shape)
         if reset is not None:
             a = torch.where(reset.view(*reset.shape, *(1,) * (a.ndim - 2)), -1e30, a)
         out = torch.empty(b.shape, dtype=b.dtype, device=b.device)

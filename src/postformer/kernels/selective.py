@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from . import settings
 from .scan import _blocked, _linear
+from .scan_native import NativeSelectiveScan
+from .tape import fused
 
 BUDGET = 1 << 18
 """Elements of a state history worked on at a time: few enough to stay in a cache, many enough to hide overhead."""
@@ -164,6 +166,13 @@ def _marks(start: int, stop: int, emit: int) -> range:
     return range(-(-start // emit) * emit, stop, emit)
 
 
+@fused
+def scan_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """One token: x, dt [Bt, D], B, C [Bt, N], h [Bt, D, N] -> (y [Bt, D], the state after it)."""
+    h = (dt[:, :, None] * A).exp() * h + (dt * x).unsqueeze(-1) @ B.unsqueeze(-2)
+    return (h @ C.unsqueeze(-1)).squeeze(-1), h
+
+
 def _reference(x, dt, A, B, C, h, reset, emit):
     out, emitted = [], []
     for t in range(x.shape[1]):
@@ -171,8 +180,8 @@ def _reference(x, dt, A, B, C, h, reset, emit):
             emitted.append(h)
         if reset is not None:
             h = h.masked_fill(reset[:, t, None, None], 0.0)
-        h = (dt[:, t, :, None] * A).exp() * h + (dt[:, t] * x[:, t]).unsqueeze(-1) @ B[:, t].unsqueeze(-2)
-        out.append((h @ C[:, t].unsqueeze(-1)).squeeze(-1))
+        y, h = scan_step(x[:, t], dt[:, t], A, B[:, t], C[:, t], h)
+        out.append(y)
     return torch.stack(out, 1), h, None if emit is None else torch.stack(emitted, 1)
 
 
@@ -197,14 +206,16 @@ def selective_scan(
         h0: [Bt, D, N], the state before the first token; None is zero.
         reset: [Bt, T] bool; the state is zero before these tokens, exactly.
         emit: also return the state before tokens 0, emit, 2*emit, ... (before a reset at that token).
-        backend: "auto", "reference" (token by token) or "parallel" (pieces that are computed again for gradients).
+        backend: "auto", "reference" (token by token), "parallel" (pieces that are computed again for gradients, by
+            PyTorch operations) or "native" (the same as compiled code, CPU only).
 
     Returns:
         (y, h) or (y, h, emitted): y [Bt, T, D] in x's dtype, without a skip term; h [Bt, D, N] in float32 (float64 for
-        float64 x); emitted [Bt, ceil(T / emit), D, N]. Gradients are first-order only in the parallel form.
+        float64 x); emitted [Bt, ceil(T / emit), D, N]. Gradients are first-order only but in the reference.
 
     Raises:
         ValueError: shapes do not fit.
+        RuntimeError: compiled code was asked for and there is none.
     """
     if x.ndim != 3 or x.shape[1] < 1 or dt.shape != x.shape:
         raise ValueError(f"selective_scan: x {tuple(x.shape)} and dt {tuple(dt.shape)}; give both [Bt, T, D], T >= 1")
@@ -223,11 +234,15 @@ def selective_scan(
         scale = settings.current().decay_scale
         if scale != 1.0:
             A = A * scale
-        h = x.new_zeros(held) if h0 is None else h0.to(dtype)
+        h = h0 if h0 is None else h0.to(dtype)
         backend = settings.choose(backend)
-        if backend == "reference" or (backend == "auto" and x.shape[1] <= 2):
-            y, h, emitted = _reference(x, dt, A, B, C, h, reset, emit)
+        if settings.native(backend, x, "selective_scan"):
+            keep = torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x, dt, A, B, C, h))
+            y, h, emitted = NativeSelectiveScan.apply(x, dt, A, B, C, h, reset, emit, keep)
+        elif backend == "reference" or (backend == "auto" and x.shape[1] <= 2):
+            y, h, emitted = _reference(x, dt, A, B, C, x.new_zeros(held) if h is None else h, reset, emit)
         else:
+            h = x.new_zeros(held) if h is None else h
             y, h, emitted = _SelectiveScan.apply(x, dt, A.mT.contiguous(), B, C, h.mT.contiguous(), reset, emit)
             h, emitted = h.mT.contiguous(), emitted.mT if emit is not None else None
     y = y.to(out_dtype)

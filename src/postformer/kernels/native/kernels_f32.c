@@ -3,3 +3,4 @@
 #define NAME(x) x##_f32
 #include "tiles.h"
 #include "gdr.h"
+#include "scan.h"

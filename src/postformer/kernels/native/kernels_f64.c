@@ -2,3 +2,4 @@
 #define NAME(x) x##_f64
 #include "tiles.h"
 #include "gdr.h"
+#include "scan.h"
