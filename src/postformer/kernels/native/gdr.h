@@ -428,9 +428,13 @@ int NAME(gdr_forward)(const int64_t *n, void **p, const int64_t *strides, int th
         if (z->adds) NAME(lower)(c.Me[1], z->Lp, c.written[1], V, X, -1, 1);
         gemm(z->Lp, V, K, c.es, K, 1, S, V, X, V, -1, 1);
         NAME(solve)(c.Me[0], z->Lp, X, V);
-        if (deltas)
-          for (long r = 0; r < tokens * z->R; r++)
-            memcpy(deltas + ((m * G + G0) * z->L + r) * dv, X + r * V, dv * sizeof(REAL));
+        for (long r = 0; deltas && r < z->L; r++) { /* zeros where there is no token */
+          REAL *to = deltas + ((m * G + G0) * z->L + r) * dv;
+          if (r < tokens * z->R)
+            memcpy(to, X + r * V, dv * sizeof(REAL));
+          else
+            memset(to, 0, dv * sizeof(REAL));
+        }
       }
       gemm(z->Cp, V, K, c.qs, K, 1, S, V, out, V, 1, 0);
       for (long d = 0; d < K; d++) scale_by(S + d * V, c.whole[d], V);
