@@ -187,3 +187,15 @@ def test_the_setting_asks_for_it_by_name():
     with use(backend="native"):
         named = gdr(**args)
     assert all(torch.equal(x, y) for x, y in zip(named, gdr(**args, backend="native")))
+
+
+@pytest.mark.skipif(native.native().library is None, reason="no compiled kernels here")
+def test_what_runs_is_seen_by_those_who_watch():
+    x = torch.randn(1, 1, 8, 4, requires_grad=True)
+    with native.watched() as outer:
+        with native.watched() as inner:
+            o, _ = gdr(x, None, k_add=x, v_add=x)
+        o.sum().backward()
+        with use(backend="parallel"), native.watched() as none:
+            gdr(x, None, k_add=x, v_add=x)[0].sum().backward()
+    assert (inner, outer, none) == ({"gdr_forward"}, {"gdr_forward", "gdr_backward"}, set())

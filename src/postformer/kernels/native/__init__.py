@@ -13,6 +13,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared",
@@ -128,10 +129,26 @@ def rows(x: Any) -> Any:
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+_watchers: list[set[str]] = []
+
+
+@contextmanager
+def watched() -> Iterator[set[str]]:
+    """The names of the compiled kernels that `call` runs inside a `with` block, backward passes included."""
+    seen: set[str] = set()
+    _watchers.append(seen)
+    try:
+        yield seen
+    finally:
+        _watchers[:] = [other for other in _watchers if other is not seen]
+
+
 def call(name: str, dtype: torch.dtype, sizes: list[int], pointers: list[int], strides: list[int]) -> None:
     """Run a kernel with as many threads as PyTorch uses. Raises MemoryError where it finds no memory."""
     library = native().library
     assert library is not None
+    for seen in _watchers:
+        seen.add(name)
     function = getattr(library, f"{name}_{SUFFIX[dtype]}")
     failed = function(
         (c_int64 * len(sizes))(*sizes), (c_void_p * len(pointers))(*pointers), (c_int64 * len(strides))(*strides),
