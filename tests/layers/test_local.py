@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from postformer.contract.context import Context
-from postformer.layers.local import ShortConvolution, Taps, token_shift
+from postformer.layers.local import ShortConvolution, Taps, shift_mixes
 
 
 def past_of(x, past, valid, reset, row, t, k):
@@ -66,9 +66,29 @@ def test_short_convolution_is_torchs_on_plain_tokens():
     assert torch.equal(past, x[:, -2:])
 
 
-def test_token_shift_keeps_the_dtype_of_its_past():
+@pytest.mark.parametrize("length", [1, 14])
+def test_parts_of_a_short_convolution_are_the_whole(length):
+    x, past, _, _, ctx = case(5, True, True, length)
+    conv = ShortConvolution(2, 4, bias=True).double()
+    y, after = conv(x, past, ctx)
+    parts, after_parts = conv.parts([x[..., :1], x[..., 1:]], past, ctx)
+    assert torch.equal(torch.cat(parts, -1), y)
+    assert torch.equal(after_parts, after)
+
+
+def test_shift_mixes_are_between_a_token_and_the_one_before():
+    x, past, valid, reset, ctx = case(6, True, True)
+    shares = [torch.tensor([0.0, 0.25], dtype=torch.float64), torch.tensor([1.0, 0.5], dtype=torch.float64)]
+    mixed, _ = shift_mixes(x, past[:, 2:], shares, ctx)
+    for row, t in valid.nonzero().tolist():
+        before = past_of(x, past[:, 2:], valid, reset, row, t, 1)
+        for y, share in zip(mixed, shares):
+            assert (y[row, t] - torch.lerp(x[row, t], before, share)).abs().max() < 1e-15
+
+
+def test_shift_mixes_keep_the_dtype_of_their_past():
     x, past = torch.randn(1, 3, 2).bfloat16(), torch.zeros(1, 1, 2)
-    y, after = token_shift(x, past, Context())
+    (y,), after = shift_mixes(x, past, [torch.ones(2)], Context())
     assert torch.equal(y[:, 1:], x[:, :-1])
     assert not y[:, 0].any()
     assert (after.dtype, y.dtype) == (torch.float32, torch.bfloat16)

@@ -9,7 +9,6 @@ import math
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -19,7 +18,8 @@ from postformer.contract.state import State
 from postformer.design.base import Design
 from postformer.design.cost import Cost
 from postformer.design.registry import register
-from postformer.layers.local import token_shift
+from postformer.layers.activation import activated
+from postformer.layers.local import shift_mixes
 
 
 class ChannelMixDesign(Design):
@@ -46,9 +46,8 @@ class ChannelMix(Mixer):
         return self.x_k.new_zeros(batch, 1, self.x_k.shape[0])
 
     def mix(self, x: Tensor, state: State, ctx: Context) -> Out:
-        before, state = token_shift(x, state, ctx, self.forget_at)
-        k = x + (before - x) * self.x_k.to(x.dtype)
-        return Out(self.out(F.relu(self.k(k)).square()), state)
+        (k,), state = shift_mixes(x, state, [self.x_k], ctx, self.forget_at)
+        return Out(self.out(activated(self.k(k), "relu2")), state)
 
     @classmethod
     def traits(cls, design: ChannelMixDesign) -> Traits:

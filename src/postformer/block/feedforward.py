@@ -17,7 +17,7 @@ from postformer.contract.state import State
 from postformer.design.base import Design, Scales
 from postformer.design.cost import Cost
 from postformer.design.registry import register
-from postformer.layers.activation import ACTIVATIONS, Activation
+from postformer.layers.activation import Activation, activated
 from postformer.layers.norm import RMSNorm
 
 
@@ -64,7 +64,6 @@ class FeedForward(Mixer):
     def __init__(self, design: FeedForwardDesign, site: Any, role: str = "projection") -> None:
         super().__init__()
         self.design, hidden, bias = design, design.hidden(site.width), design.bias
-        self.act = ACTIVATIONS[design.act]
         self.gate = site.linear("gate", site.width, hidden, bias=bias, role=role) if design.has_gate else None
         self.up = site.linear("up", site.width, hidden, bias=bias, role=role)
         self.norm = RMSNorm(hidden, design.eps) if design.sub_norm == "rms" else nn.Identity()
@@ -73,8 +72,8 @@ class FeedForward(Mixer):
     def transform(self, x: Tensor) -> Tensor:
         """x [..., D] -> y [..., D_out]"""
         if self.gate is None:
-            return self.out(self.norm(self.act(self.up(x))))
-        return self.out(self.norm(self.act(self.gate(x)) * self.up(x)))
+            return self.out(self.norm(activated(self.up(x), self.design.act)))
+        return self.out(self.norm(activated(self.gate(x), self.design.act, self.up(x))))
 
     def mix(self, x: Tensor, state: State, ctx: Context) -> Out:
         return Out(self.transform(x))

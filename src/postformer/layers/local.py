@@ -6,6 +6,7 @@ and nothing is seen across a document's start.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,13 +15,15 @@ from torch import Tensor, nn
 
 from postformer.contract.context import Context
 from postformer.design.cost import Cost
+from postformer.kernels.convolution import delayed, short_convolution
 
 
 class Taps:
-    """Views of x shifted into the past, over valid tokens of the same document only.
+    """The valid tokens of x side by side, and what each sees of its past: tokens before it in its document.
 
     x [B, T, D], past [B, n, D] (the last n tokens of the document so far; zeros where there were none).
-    `delayed(k)`: the token k before, k = 0..n; `past`: what to carry on; `scatter`: results back to their tokens.
+    `x`, `before`, `reset`: the arguments of `short_convolution`; `delayed(k)`: the token k before, k = 0..n; `past`:
+    what to carry on; `scatter`: results back to their tokens.
     """
 
     def __init__(self, x: Tensor, past: Tensor, ctx: Context, forget_at: str = "document") -> None:
@@ -28,37 +31,32 @@ class Taps:
         segments = ctx.segments(forget_at)
         last = None if segments is None else segments[:, -1:]
         self.order: Tensor | None = None
+        self.reset = ctx.reset(forget_at)
         count: Tensor | None = None
         if ctx.valid is not None:
             self.order = torch.argsort((~ctx.valid).to(torch.uint8), dim=1, stable=True)
             count = ctx.valid.sum(1)
             x = x.gather(1, self.order[..., None].expand_as(x))
-            segments = None if segments is None else segments.gather(1, self.order)
-        self.extended = torch.cat([past.to(x.dtype), x], 1)
-        self.segments = None if segments is None else F.pad(segments, (self.n, 0))
+            if segments is not None:
+                segments = segments.gather(1, self.order)
+                self.reset = segments != F.pad(segments[:, :-1], (1, 0))
+        self.x, self.before = x, past.to(x.dtype)
+        kept = None if segments is None else F.pad(segments, (self.n, 0))
         if count is None:
-            self.past = self.extended[:, self.length:]
-            kept = None if self.segments is None else self.segments[:, self.length:]
+            self.past = x[:, self.length - self.n :] if self.n <= self.length else \
+                torch.cat([self.before[:, self.length :], x], 1)
+            kept = None if kept is None else kept[:, self.length :]
         else:
             index = count[:, None] + torch.arange(self.n, device=x.device)
-            self.past = self.extended.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-            kept = None if self.segments is None else self.segments.gather(1, index)
+            both = torch.cat([self.before, x], 1)
+            self.past = both.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+            kept = None if kept is None else kept.gather(1, index)
         if kept is not None:
             assert last is not None
             self.past = self.past * (kept == last)[..., None]
 
-    @property
-    def plain(self) -> bool:
-        """No document starts inside: the extended sequence is one document."""
-        return self.segments is None
-
     def delayed(self, k: int) -> Tensor:
-        start = self.n - k
-        value = self.extended[:, start : start + self.length]
-        if self.segments is None or k == 0:
-            return value
-        same = self.segments[:, start : start + self.length] == self.segments[:, self.n :]
-        return value * same[..., None]
+        return delayed(self.x, self.before[:, self.n - k :], self.reset, k)[k]
 
     def scatter(self, y: Tensor) -> Tensor:
         if self.order is None:
@@ -94,19 +92,30 @@ class ShortConvolution(nn.Module):
         return self.weight.new_zeros(batch, self.size - 1, self.weight.shape[0])
 
     def forward(self, x: Tensor, past: Tensor, ctx: Context, forget_at: str = "document") -> tuple[Tensor, Tensor]:
-        taps = Taps(x, past, ctx, forget_at)
-        weight = self.weight.to(x.dtype)
-        y = taps.delayed(0) * weight[:, -1]
-        if self.bias is not None:
-            y = y + self.bias.to(x.dtype)
-        for k in range(1, self.size):
-            y = torch.addcmul(y, taps.delayed(k), weight[:, -1 - k])
-        if self.activation == "silu":
-            y = F.silu(y)
-        return taps.scatter(y), taps.past.to(past.dtype)
+        (y,), past = self.parts([x], past, ctx, forget_at)
+        return y, past
+
+    def parts(self, xs: Sequence[Tensor], past: Tensor, ctx: Context,
+              forget_at: str = "document") -> tuple[list[Tensor], Tensor]:
+        """The same of channels that lie in several tensors [B, T, d], d summing to `width`, as in their results."""
+        widths, out, after = [x.shape[-1] for x in xs], [], []
+        split = (past.split(widths, -1), self.weight.split(widths), None if self.bias is None else
+                 self.bias.split(widths))
+        for i, x in enumerate(xs):
+            taps = Taps(x, split[0][i], ctx, forget_at)
+            bias = None if split[2] is None else split[2][i].to(x.dtype)
+            y = short_convolution(taps.x, split[1][i].to(x.dtype), bias, taps.before, taps.reset,
+                                  self.activation or "none")
+            out.append(taps.scatter(y))
+            after.append(taps.past.to(past.dtype))
+        return out, after[0] if len(after) == 1 else torch.cat(after, -1)
 
 
-def token_shift(x: Tensor, past: Tensor, ctx: Context, forget_at: str = "document") -> tuple[Tensor, Tensor]:
-    """The previous token of the document (zero for the first): x [B, T, D], past [B, 1, D] -> same shapes (RWKV)."""
+def shift_mixes(x: Tensor, past: Tensor, shares: Sequence[Tensor], ctx: Context,
+                forget_at: str = "document") -> tuple[tuple[Tensor, ...], Tensor]:
+    """For each share [D], x + share * (the previous token of the document - x), zero before the first (RWKV,
+    2305.13048): a convolution of two taps. x [B, T, D], past [B, 1, D] -> as many [B, T, D] as shares, past."""
     taps = Taps(x, past, ctx, forget_at)
-    return taps.scatter(taps.delayed(1)), taps.past.to(past.dtype)
+    share = torch.stack([s.to(x.dtype) for s in shares])
+    mixed = short_convolution(taps.x, torch.stack([share, 1 - share], -1), None, taps.before, taps.reset)
+    return tuple(taps.scatter(y) for y in mixed), taps.past.to(past.dtype)

@@ -2,35 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from postformer.design.grammar import Norm
-
-
-class _Rms(torch.autograd.Function):
-    """x / sqrt(mean x^2 + eps) * weight over the last dim, in few passes; the backward pass keeps x and one number a
-    row. First-order gradients only."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
-        unit = x * scale
-        grad_weight = (grad * unit).flatten(0, -2).sum(0)
-        grad = grad * weight
-        inner = (grad * unit).mean(-1, keepdim=True)
-        return torch.addcmul(grad, unit, inner, value=-1).mul_(scale), grad_weight, None
+from postformer.kernels.rows import norm
+from postformer.layers.activation import activated
 
 
 class RMSNorm(nn.Module):
@@ -44,10 +21,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
-        if self.weight is None:
-            return F.rms_norm(wide, (self.width,), None, self.eps).to(x.dtype)
-        weight = self.weight.to(wide.dtype)
-        return _Rms.apply(wide, 1 + weight if self.zero_centred else weight, self.eps).to(x.dtype)
+        weight = None if self.weight is None else self.weight.to(wide.dtype)
+        if weight is not None and self.zero_centred:
+            weight = 1 + weight
+        return norm(wide, "rms", weight, eps=self.eps).to(x.dtype)
 
 
 class HeadNorm(nn.Module):
@@ -64,17 +41,19 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size)) if affine else None
         self.bias = nn.Parameter(torch.zeros(size)) if affine and bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        wide = (x if x.dtype == torch.float64 else x.float()).unflatten(-1, (self.groups, self.dim))
-        if self.kind == "rms":
-            wide = F.rms_norm(wide, (self.dim,), None, self.eps)
-        else:
-            wide = F.layer_norm(wide, (self.dim,), None, None, self.eps)
-        if self.weight is not None:
-            wide = wide * self.weight.to(wide.dtype).view(-1, self.dim)
-        if self.bias is not None:
-            wide = wide + self.bias.to(wide.dtype).view(-1, self.dim)
-        return wide.flatten(-2).to(x.dtype)
+    def forward(self, x: Tensor, gate: Tensor | None = None, activation: str = "none",
+                order: str = "norm-gate") -> Tensor:
+        """gate: like x; the result is multiplied by activation(gate), or x is before it is normed (gate-norm)."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        if gate is not None and (gate.dtype != x.dtype or wide is not x):
+            gated = activated(gate, activation)
+            return self(x * gated) if order == "gate-norm" else self(x) * gated
+        apart = (self.groups, self.dim)
+        weight, bias = (None if p is None else p.to(wide.dtype).view(-1, self.dim) for p in (self.weight, self.bias))
+        gate = None if gate is None else gate.unflatten(-1, apart)
+        y = norm(wide.unflatten(-1, apart), self.kind, weight, bias, gate, eps=self.eps, activation=activation,
+                 order=order)
+        return y.flatten(-2).to(x.dtype)
 
 
 def make_norm(design: Norm, width: int) -> nn.Module:
@@ -86,7 +65,7 @@ def make_norm(design: Norm, width: int) -> nn.Module:
     return RMSNorm(width, design.eps, design.affine, design.kind == "zero-centred-rms")
 
 
-def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(sum x^2 + eps) over the last dim, in fp32: finite gradients at zero, unlike F.normalize."""
+def l2norm(x: Tensor, eps: float = 1e-6, scale: float = 1.0) -> Tensor:
+    """scale * x / sqrt(sum x^2 + eps) over the last dim, in fp32: finite gradients at zero, unlike F.normalize."""
     wide = x if x.dtype == torch.float64 else x.float()
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+    return norm(wide, "l2", eps=eps, scale=scale).to(x.dtype)

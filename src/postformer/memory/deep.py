@@ -143,8 +143,7 @@ class Deep(HeadRead):
         q, k, v = self.q(x), self.k(x), self.v(x)
         local = state.local
         if self.conv is not None:
-            mixed, local = self.conv(torch.cat([q, k, v], -1), local, ctx, self.forget_at)
-            q, k, v = mixed.split(self.widths, -1)
+            (q, k, v), local = self.conv.parts([q, k, v], local, ctx, self.forget_at)
         q, k, v = (fp32(u).unflatten(-1, (self.heads, -1)).transpose(1, 2) for u in (q, k, v))
         for name in self.design.features:
             q, k = FEATURES[name](q), FEATURES[name](k)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from postformer.contract.mixer import Mixer
 from postformer.design.cost import Cost
-from postformer.layers.activation import ACTIVATIONS
+from postformer.layers.activation import activated
 from postformer.layers.norm import HeadNorm
 from postformer.memory.rules.gates import LowRank, gate_rank
 from postformer.memory.shared_design import Read
@@ -38,15 +38,19 @@ class HeadRead(Mixer):
         gate: in place of the read's own, where it has none; bonus: added after the norm; both like o.
         """
         read: Read = self.design.read
+        activation = "none"
         if self.gate is not None:
-            gate = ACTIVATIONS[read.gate](self.gate(x))
-        if gate is not None and read.order == "gate-norm":
-            o, gate = o * gate, None
-        if self.norm is not None:
+            gate, activation = self.gate(x), read.gate
+        first = gate is not None and read.order == "gate-norm"
+        if gate is not None and self.norm is not None and (first or bonus is None):
+            o, gate = self.norm(o, gate, activation, read.order), None
+        elif self.norm is not None:
             o = self.norm(o)
+        elif first:
+            o, gate = activated(gate, activation, o), None
         if bonus is not None:
             o = o + bonus
-        o = o if gate is None else o * gate
+        o = o if gate is None else activated(gate, activation, o)
         return o if self.out is None else self.out(o)
 
     @staticmethod

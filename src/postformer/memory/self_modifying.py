@@ -124,8 +124,7 @@ class SelfModifying(HeadRead):
     def mix(self, x: Tensor, state: SelfModifyingState, ctx: Context) -> Out:
         u, q, local = self.x(x), self.q(x), state.local
         if self.conv is not None:
-            mixed, local = self.conv(torch.cat([u, q], -1), local, ctx, self.forget_at)
-            u, q = mixed.chunk(2, -1)
+            (u, q), local = self.conv.parts([u, q], local, ctx, self.forget_at)
         with torch.autocast(x.device.type, enabled=False):
             u, q = (l2norm(fp32(a).unflatten(-1, (self.heads, -1)).transpose(1, 2)) for a in (u, q))
             learn = self._tokens if current().backend == "reference" else self._chunks

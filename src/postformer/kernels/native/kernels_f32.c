@@ -3,4 +3,6 @@
 #define NAME(x) x##_f32
 #include "tiles.h"
 #include "gdr.h"
+#include "rows.h"
+#include "conv.h"
 #include "scan.h"

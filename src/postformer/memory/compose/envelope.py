@@ -25,7 +25,7 @@ from postformer.design.base import Design, nearest
 from postformer.design.cost import Cost
 from postformer.design.grammar import AnyMixer
 from postformer.design.registry import register
-from postformer.layers.activation import ACTIVATIONS
+from postformer.layers.activation import activated
 from postformer.layers.local import ShortConvolution
 from postformer.memory.shared_design import Local
 
@@ -99,7 +99,7 @@ class Envelope(Mixer):
         if self.skip is not None:
             y = y + self.skip.to(y.dtype) * seen
         if self.gate is not None:
-            y = y * ACTIVATIONS[self.design.gate](self.gate(x))
+            y = activated(self.gate(x), self.design.gate, y)
         return Out(self.out(y), (local, out.state), emitted=(None, out.emitted) if ctx.emit else None,
                    losses=prefixed("of", out.losses), measured=prefixed("of", out.measured))
 

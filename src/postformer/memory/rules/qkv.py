@@ -20,7 +20,7 @@ from postformer.contract.context import Context
 from postformer.contract.state import State
 from postformer.design.choices import Choices
 from postformer.design.cost import Cost
-from postformer.layers.local import ShortConvolution, token_shift
+from postformer.layers.local import ShortConvolution, shift_mixes
 from postformer.layers.norm import l2norm
 from postformer.layers.rotary import angles, rotary
 from postformer.memory.matrix_design import MatrixDesign
@@ -72,19 +72,16 @@ class Qkv(Rule):
     def project(self, x: Tensor, local: State, ctx: Context) -> tuple[Tensor, Tensor, Tensor, Tensor, State]:
         """(x as the gates see it, q [B, H, T, dk], k and v [B, H, R*T, d], local state)"""
         if self.mix is not None:
-            before, local = token_shift(x, local, ctx, self.design.forget_at)
-            x = torch.lerp(x, before, self.mix.to(x.dtype))
+            (x,), local = shift_mixes(x, local, [self.mix], ctx, self.design.forget_at)
         q, k, v = self.q(ctx.fed("query", x)), self.k(ctx.fed("key", x)), self.v(ctx.fed("value", x))
         if self.conv is not None:
-            mixed, local = self.conv(torch.cat([q, k, v], -1), local, ctx, self.design.forget_at)
-            q, k, v = mixed.split(self.widths, -1)
+            (q, k, v), local = self.conv.parts([q, k, v], local, ctx, self.design.forget_at)
         group = self.value_heads // self.key_heads
-        q = heads(self._features(q.unflatten(-1, (self.key_heads, -1)), ctx).flatten(-2), self.key_heads, group)
+        scale = self.dim_key**-0.5 if self.design.normaliser == "none" else 1.0
+        q = heads(self._features(q.unflatten(-1, (self.key_heads, -1)), ctx, scale).flatten(-2), self.key_heads, group)
         k = self._features(k.unflatten(-1, (self.steps * self.key_heads, -1)), ctx).flatten(-2)
         k, v = self._steps(k, self.key_heads, group), self._steps(v, self.value_heads)
-        if self.design.normaliser == "none":
-            q = q * self.dim_key**-0.5
-        else:
+        if self.design.normaliser != "none":
             v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
         return x, q, k, v, local
 
@@ -106,10 +103,16 @@ class Qkv(Rule):
             beta = beta / (1 + beta * fp32(k).square().sum(-1, keepdim=True))
         return k * beta.to(k.dtype)
 
-    def _features(self, x: Tensor, ctx: Context) -> Tensor:
-        """x [B, T, heads, d]"""
-        for name in self.design.features:
+    def _features(self, x: Tensor, ctx: Context, scale: float = 1.0) -> Tensor:
+        """x [B, T, heads, d] -> scale * features(x)"""
+        *first, last = self.design.features or (None,)
+        for name in first:
             x = FEATURES[name](x)
+        if last == "l2norm":
+            x = l2norm(x, scale=scale)
+        else:
+            x = x if last is None else FEATURES[last](x)
+            x = x if scale == 1 else x * scale
         if self.design.position == "rope":
             if ctx.position is None:
                 raise ValueError("position: rope needs ctx.position; the language model sets it")

@@ -18,7 +18,7 @@ from postformer.contract.context import Context
 from postformer.contract.state import State
 from postformer.design.choices import Choices
 from postformer.design.cost import Cost
-from postformer.layers.local import token_shift
+from postformer.layers.local import shift_mixes
 from postformer.layers.norm import l2norm
 from postformer.memory.matrix_design import MatrixDesign
 from postformer.memory.rules import Rule, heads, rule
@@ -87,9 +87,8 @@ class Rwkv7(Rule):
         return self.k_k.new_zeros(batch, 1, self.width)
 
     def forward(self, x: Tensor, local: State, ctx: Context) -> tuple[GDR, State]:
-        before, local = token_shift(x, local, ctx, self.design.forget_at)
-        change = before - x
-        r, w, k, v, a, g = (x + change * getattr(self, f"x_{n}").to(x.dtype) for n in STREAMS)
+        shares = [getattr(self, f"x_{name}") for name in STREAMS]
+        (r, w, k, v, a, g), local = shift_mixes(x, local, shares, ctx, self.design.forget_at)
         r, k, v_in, v = self.r(r), self.k(k), v, self.v(v)
         decay = -math.exp(-0.5) * torch.sigmoid(fp32(self.decay(w)))
         first = v

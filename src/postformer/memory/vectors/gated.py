@@ -20,6 +20,7 @@ from postformer.contract.context import Context
 from postformer.contract.state import State
 from postformer.design.choices import Choices
 from postformer.design.cost import Cost
+from postformer.layers.activation import activated
 from postformer.layers.norm import RMSNorm
 from postformer.memory.rules.gates import fp32
 from postformer.memory.vectors import Unit, gated_scan, unit
@@ -56,7 +57,7 @@ class Hgrn(_Gated):
         log_f = F.logsigmoid(raw) if self.rank == 0 else (bound + (1 - bound) * torch.sigmoid(raw)).log()
         write = (1 - bound) * torch.sigmoid(-raw)
         h = gated_scan(log_f, write * fp32(F.silu(self.c(x))), state, ctx, self.design.forget_at)
-        return self.out(self.norm(h.to(x.dtype)) * F.silu(self.gate(x))), h[:, -1]
+        return self.out(activated(self.gate(x), "silu", self.norm(h.to(x.dtype)))), h[:, -1]
 
     @classmethod
     def cost(cls, design: Any, site: Any) -> Cost:
@@ -91,7 +92,7 @@ class Mlgru(_Gated):
     def forward(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         raw, c = fp32(self.f(x)), fp32(F.silu(self.c(x)))
         h = gated_scan(F.logsigmoid(raw), torch.sigmoid(-raw) * c, state, ctx, self.design.forget_at)
-        return self.out(torch.sigmoid(self.gate(x)) * h.to(x.dtype)), h[:, -1]
+        return self.out(activated(self.gate(x), "sigmoid", h.to(x.dtype))), h[:, -1]
 
     @classmethod
     def cost(cls, design: Any, site: Any) -> Cost:

@@ -17,6 +17,7 @@ from postformer.contract.state import State
 from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.kernels import selective_scan
+from postformer.layers.activation import activated
 from postformer.layers.local import ShortConvolution
 from postformer.layers.norm import RMSNorm
 from postformer.memory.rules.gates import fp32, inverse_softplus_dt
@@ -74,8 +75,8 @@ class Mamba1(Unit):
         if write is not None:
             b = b * write[..., None].to(b.dtype)
         y, memory = selective_scan(u, step, -fp32(self.A_log).exp(), b, c, memory, ctx.reset(self.design.forget_at))
-        y = (y.to(u.dtype) + u * self.D.to(u.dtype)) * F.silu(z)
-        return self.out(y), (memory, local)
+        y = torch.addcmul(y.to(u.dtype), u, self.D.to(u.dtype))
+        return self.out(activated(z, "silu", y)), (memory, local)
 
     @classmethod
     def cost(cls, design: Any, site: Any) -> Cost:

@@ -16,6 +16,7 @@ from postformer.contract.context import Context, positions
 from postformer.contract.state import State
 from postformer.design.choices import Choices
 from postformer.design.cost import Cost
+from postformer.layers.activation import activated
 from postformer.layers.local import ShortConvolution
 from postformer.memory.rules.gates import fp32
 from postformer.memory.vectors import Unit, gated_scan, unit
@@ -79,7 +80,7 @@ class RgLru(Unit):
 
     def forward(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         memory, local, seen = state
-        branch = F.gelu(self.y(x), approximate="tanh")
+        branch = self.y(x)
         u = self.x(x)
         if self.conv is not None:
             u, local = self.conv(u, local, ctx, self.design.forget_at)
@@ -88,7 +89,7 @@ class RgLru(Unit):
         age, seen = positions(seen, x.shape[1], written(ctx), self.design.forget_at)
         scale = torch.where((age == 0)[..., None], 1.0, scale)
         h = gated_scan(log_a, fp32(u * self._gate(u, "input")) * scale, memory, ctx, self.design.forget_at)
-        return self.out(h.to(x.dtype) * branch), (h[:, -1], local, seen)
+        return self.out(activated(branch, "gelu-tanh", h.to(x.dtype))), (h[:, -1], local, seen)
 
     @classmethod
     def cost(cls, design: Any, site: Any) -> Cost:
