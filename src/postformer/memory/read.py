@@ -46,7 +46,7 @@ class HeadRead(Mixer):
             o, gate = self.norm(o, gate, activation, read.order), None
         elif self.norm is not None:
             o = self.norm(o)
-        elif first:
+        elif gate is not None and first:
             o, gate = activated(gate, activation, o), None
         if bonus is not None:
             o = o + bonus
