@@ -14,7 +14,7 @@ from .native import call, pointer, rows
 
 BLOCK = 32
 """Tokens between two states that are kept for the backward pass of the selective scan."""
-GROUP = 64
+GROUP = 128
 """Channels that share a pass; the gradients of B and C are summed over groups at the end."""
 
 
