@@ -55,6 +55,9 @@ class Context:
     """Also return the state before tokens 0, emit, 2*emit, ..."""
     consume: bool = False
     """The caller gives the input state away: its buffers may be overwritten (decoding)."""
+    room: bool = False
+    """Growing lists in the state have room for this call's tokens (`states.reserve`), and each row's positions have
+    counted by one from its document's start (decoding)."""
     shared: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
     """What earlier sites published, by the name the design gives it, plus "embedding"."""
     stores: Mapping[str, Store] = field(default_factory=lambda: EMPTY)

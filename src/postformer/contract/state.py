@@ -77,6 +77,50 @@ def concat(states: Sequence[State]) -> State:
     return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
 
 
+def reserve(state: State, tokens: int) -> State:
+    """The state with room for that many more tokens in every growing list; a list is made at least twice as large."""
+    def widen(part: Any) -> Any:
+        if not isinstance(part, Growing):
+            return part
+        capacity = part.data.shape[1]
+        needed = tokens + (int(part.length.max()) if part.length.numel() else 0)
+        if needed <= capacity:
+            return part
+        more = max(needed, 2 * capacity) - capacity
+        return part._replace(data=F.pad(part.data, (0, 0) * (part.data.ndim - 2) + (0, more)))
+    return _regrow(widen, state)
+
+
+def growing(state: State) -> list[Growing]:
+    """The growing lists of a state."""
+    found: list[Growing] = []
+    _regrow(lambda part: found.append(part) if isinstance(part, Growing) else None, state)
+    return found
+
+
+def assign(state: State, rows: Sequence[int], new: State) -> None:
+    """Write `new`, the state of as many rows, over these rows of `state`, in place.
+
+    Raises ValueError where a growing list has not the room for what the new one holds (see `reserve`).
+    """
+    if state is None:
+        return
+    if isinstance(state, Growing):
+        used = int(new.length.max())
+        if used > state.data.shape[1]:
+            raise ValueError(f"a list of {used} entries does not fit a capacity of {state.data.shape[1]}; reserve room")
+        state.data[list(rows), :used] = new.data[:, :used].to(state.data.dtype)
+        state.length[list(rows)] = new.length
+    elif isinstance(state, Tensor):
+        state[list(rows)] = new.to(state.dtype)
+    elif isinstance(state, dict):
+        for key, part in state.items():
+            assign(part, rows, new[key])
+    else:
+        for part, other in zip(state, new):
+            assign(part, rows, other)
+
+
 def where(rows: Tensor, new: State, old: State) -> State:
     """Row by row: new where rows [B] bool is set, else old. Both of the same structure and sizes."""
     def pick(a: Tensor, b: Tensor) -> Tensor:

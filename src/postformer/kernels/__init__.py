@@ -8,7 +8,7 @@ memories. kalman_gains, precision, ridge_solve: second-order memories. sequentia
 of keys and values.
 """
 
-from .attention import attention
+from .attention import attend, attention
 from .diagonal import diagonal_system
 from .gdr import gdr
 from .scan import fft_convolution, max_plus_scan, scan
@@ -19,6 +19,7 @@ from .solve import kalman_gains, precision, ridge_solve
 
 __all__ = [
     "Settings",
+    "attend",
     "attention",
     "current",
     "diagonal_system",

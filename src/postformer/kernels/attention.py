@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import settings
+from .tape import fused
 
 SMALLEST_BLOCK = 64
 """Rows per block of a banded read: narrower windows are masked inside it, since tiny products waste more."""
@@ -210,3 +211,20 @@ def attention(
         mask = key_bias.to(q.dtype)[:, None, None].expand(-1, 1, T, -1).masked_fill(~mask, float("-inf"))
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return torch.where(some[:, None], o, 0.0)
+
+
+@fused
+def attend(q: Tensor, new: Tensor, data: Tensor, count: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention for one token with a list of fixed room: the token is written into place `count` of its row (the oldest
+    where the room is used up) and sees what the list then holds.
+
+    q: [B, Hq, d]; new: its key and value [B, 2, Hk, d]; data: [B, room, 2, Hk, d], overwritten; count: [B] int64,
+    tokens written so far. Returns (o [B, Hq, d], data). No gradients.
+    """
+    room = data.shape[1]
+    data[torch.arange(len(q), device=q.device), count % room] = new.to(data.dtype)
+    k, v = data.to(q.dtype).permute(2, 0, 3, 1, 4)
+    seen = (torch.arange(room, device=q.device) <= count[:, None])[:, None, None]
+    grouped = q.shape[1] != k.shape[1]
+    o = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=seen, scale=scale, enable_gqa=grouped)
+    return o[:, :, 0].contiguous(), data

@@ -24,7 +24,7 @@ from postformer.design.base import Design
 from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.design.registry import register
-from postformer.kernels import attention
+from postformer.kernels import attend, attention
 from postformer.layers.norm import RMSNorm
 from postformer.layers.rotary import angles, rotary
 
@@ -148,13 +148,17 @@ class Attention(Mixer):
         if self.design.position == "rope":
             turn = angles(position, self.rotated, q.dtype, self.design.rope_base)
             q, k = rotary(q, turn), rotary(k, turn)
-        o = self._read(q, k, v.transpose(1, 2), memory, position, segments, ctx)
         new = torch.stack([k.transpose(1, 2), v], 2)
-        if isinstance(memory, Growing):
-            memory = append(memory, new, segments, written(ctx), ctx.consume)
+        if (ctx.room and ctx.consume and length == 1 and segments is None and written(ctx) is None
+                and self.persistent is None and memory.data.dtype == q.dtype):
+            o, memory = one_token(q[:, :, 0], new[:, 0], memory, position)
         else:
-            memory = rotate(memory, new, position, segments, written(ctx), ctx.consume)
-        o = o.transpose(1, 2).reshape(batch, length, -1)
+            o = self._read(q, k, v.transpose(1, 2), memory, position, segments, ctx).transpose(1, 2)
+            if isinstance(memory, Growing):
+                memory = append(memory, new, segments, written(ctx), ctx.consume)
+            else:
+                memory = rotate(memory, new, position, segments, written(ctx), ctx.consume)
+        o = o.reshape(batch, length, -1)
         if self.gate is not None:
             o = o * torch.sigmoid(self.gate(x))
         return Out(self.out(self.sub_norm(o)), AttentionState(memory, following))
@@ -231,6 +235,18 @@ def written(ctx: Context) -> Tensor | None:
     if ctx.valid is None:
         return write
     return ctx.valid if write is None else ctx.valid & write
+
+
+def one_token(q: Tensor, new: Tensor, memory: Growing | Ring, position: Tensor) -> tuple[Tensor, Growing | Ring]:
+    """q [B, Hq, d], new [B, 2, Hk, d], position [B, 1] -> (o [B, Hq, d], the list with the token in it, in place)."""
+    scale = float(q.shape[-1] ** -0.5)
+    if isinstance(memory, Growing):
+        o, data = attend(q, new, memory.data, memory.length, scale)
+        return o, Growing(data, memory.length + 1)
+    o, data = attend(q, new, memory.data, memory.count, scale)
+    width = data.shape[1]
+    here = torch.arange(width, device=q.device) == (memory.count % width)[:, None]
+    return o, Ring(data, torch.where(here, position, memory.position), memory.count + 1)
 
 
 def append(memory: Growing, new: Tensor, segments: Tensor | None, keep: Tensor | None, consume: bool) -> Growing:

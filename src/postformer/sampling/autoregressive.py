@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from postformer.contract import state as states
 from postformer.contract.context import Context
-from postformer.sampling.policy import Policy
+from postformer.sampling.policy import Policy, seen_in
+from postformer.sampling.prefix import Prefix, check_prompt
+from postformer.sampling.stepper import Stepper
 
 FREE = -1
 """In forced token ids: this row chooses for itself here."""
@@ -34,13 +37,15 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """What happened at each of the n generated columns; all but `length` and `state` are [B, n], as in Piece."""
+    """What happened at each of the n generated columns; all but `length` and `after` are [B, n], as in Piece."""
 
     log_probability: Tensor
     forced: Tensor
     live: Tensor
     length: Tensor
     """[B] int64, generated tokens of each row, the one that stopped it included."""
+    after: Prefix | None = None
+    """From where every row can go on; None where nothing was generated."""
 
 
 class Generation(NamedTuple):
@@ -65,98 +70,137 @@ def left_pad(prompts: Sequence[Sequence[int] | Tensor], pad: int = 0) -> tuple[T
 
 
 def generate(
-    model: nn.Module, prompt: Tensor, policy: Policy, max_new_tokens: int, *, valid: Tensor | None = None,
+    model: nn.Module, prompt: Tensor | Prefix, policy: Policy, max_new_tokens: int, *, valid: Tensor | None = None,
     generator: torch.Generator | None = None, interpose: Interpose | None = None, stop: Stop | None = None,
 ) -> Generation:
     """Continue each row of prompt [B, T] int64 by at most `max_new_tokens` tokens, forced ones included.
 
+    `prompt` may be a Prefix: rows that were read before, here or in another process (`prefill`, `trace.after`,
+    `Prefix.load`), perhaps forked (`Prefix.select`). It stays as it is.
     `valid` [B, T] bool marks the tokens of left-padded prompts (see `left_pad`).
     `interpose(tokens [B, T + n])` is asked before each token; it returns None, or token ids to insert: [m] the same for
     every row, or [B, m] with -1 where a row is free to choose.
-    `stop`: token id or ids that end a row, or `fn(tokens [B, T + n]) -> bool [B]`. A row that has stopped is idle: its
-    state no longer changes and its tokens are 0. Generation ends when all rows have stopped.
+    `stop`: token id or ids that end a row, or `fn(tokens [B, T + n]) -> bool [B]`. A row that has stopped is idle and
+    its tokens are 0. Generation ends when all rows have stopped.
 
     Raises ValueError for an empty prompt or impossible forced ids.
     """
-    columns = list(stream(model, prompt, policy, max_new_tokens, valid=valid, generator=generator,
-                          interpose=interpose, stop=stop))
+    run = _Run(model, prompt, policy, max_new_tokens, valid, generator, interpose, stop)
+    columns = list(run.pieces())
     if columns:
         # Stacked outside inference mode, so that the results may enter a training step.
         token, log_probability, forced, live = (torch.stack(part, 1) for part in zip(*columns))
     else:
-        token = prompt.new_zeros(prompt.shape[0], 0)
+        token = run.history.tokens.new_zeros(run.batch, 0)
         log_probability, forced = token.float(), token.bool()
         live = forced
-    trace = Trace(log_probability, forced, live, live.sum(1))
-    return Generation(torch.cat([prompt, token], 1), trace)
+    trace = Trace(log_probability, forced, live, live.sum(1), run.after() if columns else None)
+    return Generation(torch.cat([run.history.prompt, token], 1), trace)
 
 
-@torch.inference_mode()
 def stream(
-    model: nn.Module, prompt: Tensor, policy: Policy, max_new_tokens: int, *, valid: Tensor | None = None,
+    model: nn.Module, prompt: Tensor | Prefix, policy: Policy, max_new_tokens: int, *, valid: Tensor | None = None,
     generator: torch.Generator | None = None, interpose: Interpose | None = None, stop: Stop | None = None,
 ) -> Iterator[Piece]:
     """`generate`, column by column as they come; same arguments."""
-    if prompt.ndim != 2 or prompt.shape[1] < 1:
-        raise ValueError(f"the prompt must be [batch, length >= 1], not {tuple(prompt.shape)}")
-    if valid is not None and not bool(valid[:, -1].all()):
-        raise ValueError("prompts are padded on the left: the last column of `valid` must be True everywhere")
-    training = model.training
-    model.eval()
-    try:
-        yield from _stream(model, prompt, policy, max_new_tokens, valid, generator, interpose, stop)
-    finally:
-        model.train(training)
+    yield from _Run(model, prompt, policy, max_new_tokens, valid, generator, interpose, stop).pieces()
 
 
-def _stream(
-    model: nn.Module, prompt: Tensor, policy: Policy, max_new_tokens: int, valid: Tensor | None,
-    generator: torch.Generator | None, interpose: Interpose | None, stop: Stop | None,
-) -> Iterator[Piece]:
-    batch = prompt.shape[0]
-    stopped = _stopper(stop, prompt.device)
-    history = _History(prompt, max_new_tokens)
-    live = torch.ones(batch, dtype=torch.bool, device=prompt.device)
-    last = torch.zeros_like(prompt, dtype=torch.bool)
-    last[:, -1] = True
-    logits, state = None, None
-    fed = 0  # how many columns the model has seen
-    queue: list[Tensor] = []  # forced columns [B] still to come
+class _Run:
+    """One call of `generate`."""
 
-    while history.new < max_new_tokens and bool(live.any()):
-        if interpose is not None and not queue:
-            queue = _columns(interpose(history.tokens), batch, prompt.device)
-        if logits is None or fed < history.length:
-            logits, state = _feed(model, history.tokens[:, fed:], state, valid if fed == 0 else None, live, last)
-            fed = history.length
-        forced = queue.pop(0) if queue else None
-        if forced is None:
-            token, is_forced = policy.draw(logits, generator), torch.zeros_like(live)
+    def __init__(self, model: nn.Module, prompt: Tensor | Prefix, policy: Policy, max_new_tokens: int,
+                 valid: Tensor | None, generator: torch.Generator | None, interpose: Interpose | None,
+                 stop: Stop | None) -> None:
+        self.model, self.policy, self.generator = model, policy, generator
+        self.limit, self.interpose, self.stop = max_new_tokens, interpose, stop
+        self.prefix = prompt if isinstance(prompt, Prefix) else None
+        tokens = prompt.tokens if isinstance(prompt, Prefix) else prompt
+        self.valid = prompt.valid if isinstance(prompt, Prefix) else valid
+        if not isinstance(prompt, Prefix):
+            check_prompt(prompt, valid)
+        self.history, self.batch = _History(tokens, max_new_tokens), len(tokens)
+        self.live = torch.ones(self.batch, dtype=torch.bool, device=tokens.device)
+        self.kept: list[Tensor] = []  # live rows of each new column
+        self.ended: dict[int, Any] = {}  # states of the rows that have stopped
+        self.stepper: Stepper | None = None
+
+    @torch.inference_mode()
+    def pieces(self) -> Iterator[Piece]:
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield from self._pieces()
+        finally:
+            self.model.train(training)
+
+    def _read(self) -> Tensor:
+        """Whatever stands before the first new token -> logits [B, V] after it."""
+        if self.prefix is not None:
+            self.stepper = Stepper(self.model, states.map_state(torch.clone, self.prefix.state))
+            return self.stepper.step(self.prefix.pending)
+        tokens = self.history.tokens
+        if tokens.shape[1] == 1:
+            out = self.model(tokens, None, Context(consume=True))
+            logits = out.logits[:, -1]
         else:
-            is_forced = (forced != FREE) & live
-            token = forced if bool(is_forced[live].all()) else torch.where(
-                is_forced, forced, policy.draw(logits, generator))
-        token = token.masked_fill(~live, 0)
-        log_probability = logits.float().log_softmax(-1).gather(-1, token[:, None]).squeeze(-1)
-        piece = Piece(token, log_probability.masked_fill(~live, 0.0), is_forced, live)
-        history.append(token)
-        yield piece
-        live = live & ~stopped(history.tokens)
+            last = torch.zeros_like(tokens, dtype=torch.bool)
+            last[:, -1] = True
+            out = self.model(tokens, None, Context(valid=self.valid, consume=True), select=last)
+            logits = out.logits
+        self.stepper = Stepper(self.model, out.state)
+        return logits
 
+    def _pieces(self) -> Iterator[Piece]:
+        stopped = None if self.stop is None else _stopper(self.stop, self.live.device)
+        history, seen = self.history, None
+        queue: list[Tensor] = []  # forced columns [B] still to come
+        never, everyone = torch.zeros_like(self.live), True
+        while history.new < self.limit and (everyone or bool(self.live.any())):
+            if self.interpose is not None and not queue:
+                queue = _columns(self.interpose(history.tokens), self.batch, self.live.device)
+            if self.stepper is None:
+                logits = self._read()
+                if self.policy.remembers:
+                    seen = seen_in(history.tokens, self.valid, logits.shape[-1])
+            else:
+                logits = self.stepper.step(history.last)
+            forced = queue.pop(0) if queue else None
+            if forced is None:
+                token, is_forced = self.policy.draw(logits, self.generator, seen), never
+            else:
+                is_forced = (forced != FREE) & self.live
+                token = forced if bool(is_forced[self.live].all()) else torch.where(
+                    is_forced, forced, self.policy.draw(logits, self.generator, seen))
+            log_probability = logits.float().log_softmax(-1).gather(-1, token[:, None]).squeeze(-1)
+            if not everyone:
+                token, log_probability = token.masked_fill(~self.live, 0), log_probability.masked_fill(~self.live, 0.0)
+            if seen is not None:
+                seen.scatter_(1, token[:, None], True)
+            history.append(token)
+            self.kept.append(self.live)
+            piece = Piece(token, log_probability, is_forced, self.live)
+            if stopped is not None:
+                self._end(stopped(history.tokens) & self.live)
+                everyone = bool(self.live.all())
+            yield piece
 
-def _feed(
-    model: nn.Module, tokens: Tensor, state: Any, valid: Tensor | None, live: Tensor, last: Tensor
-) -> tuple[Tensor, Any]:
-    """tokens [B, n] the model has not seen -> (logits [B, V] after the last of them, state). Idle rows stay as they
-    are."""
-    if valid is None and not bool(live.all()):
-        valid = live[:, None].expand_as(tokens)
-    ctx = Context(valid=valid, consume=True)
-    if tokens.shape[1] == 1:
-        out = model(tokens, state, ctx)
-        return out.logits[:, -1], out.state
-    out = model(tokens, state, ctx, select=last[:, -tokens.shape[1]:])
-    return out.logits, out.state
+    def _end(self, rows: Tensor) -> None:
+        """These rows go no further: what they have read is set aside, since the step goes on for all."""
+        assert self.stepper is not None
+        for row in rows.nonzero().flatten().tolist():
+            self.ended[row] = self.stepper.take([row])
+        self.live = self.live & ~rows
+
+    def after(self) -> Prefix:
+        assert self.stepper is not None
+        state = self.stepper.state
+        if self.ended:
+            state = states.concat([self.ended[row] if row in self.ended else self.stepper.take([row])
+                                   for row in range(self.batch)])
+        tokens, new = self.history.tokens, torch.stack(self.kept, 1)
+        before = torch.ones_like(self.history.prompt, dtype=torch.bool) if self.valid is None else self.valid
+        return Prefix(tokens, torch.cat([before, new], 1), state)
 
 
 class _History:
@@ -165,6 +209,7 @@ class _History:
     def __init__(self, prompt: Tensor, room: int) -> None:
         self.buffer = torch.cat([prompt, prompt.new_zeros(prompt.shape[0], max(room, 0))], 1)
         self.start = self.length = prompt.shape[1]
+        self.prompt = prompt
 
     @property
     def new(self) -> int:
@@ -173,6 +218,10 @@ class _History:
     @property
     def tokens(self) -> Tensor:
         return self.buffer[:, :self.length]
+
+    @property
+    def last(self) -> Tensor:
+        return self.buffer[:, self.length - 1]
 
     def append(self, column: Tensor) -> None:
         self.buffer[:, self.length] = column
@@ -193,9 +242,7 @@ def _columns(forced: Tensor | Sequence[int] | None, batch: int, device: torch.de
     return list(ids.unbind(1))
 
 
-def _stopper(stop: Stop | None, device: torch.device) -> Callable[[Tensor], Tensor]:
-    if stop is None:
-        return lambda tokens: torch.zeros(tokens.shape[0], dtype=torch.bool, device=device)
+def _stopper(stop: Stop, device: torch.device) -> Callable[[Tensor], Tensor]:
     if callable(stop):
         return lambda tokens: stop(tokens).to(device=device, dtype=torch.bool)
     ids = torch.tensor([stop] if isinstance(stop, int) else list(stop), device=device)
