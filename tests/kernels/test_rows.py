@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from postformer.kernels import native
 from postformer.kernels.convolution import short_convolution
-from postformer.kernels.rows import ACTIVATIONS, KINDS, MODES, NORMS, gated, norm
+from postformer.kernels.rows import ACTIVATIONS, KINDS, MODES, NORMS, gated, norm, turned
 
 compiled = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
 profile = settings(derandomize=True, deadline=None, max_examples=150, database=None)
@@ -86,6 +86,20 @@ def test_short_convolution(B, T, D, K, n, bias, past, kind, resets, apart, long,
     agree(lambda x, w, b, p, backend: short_convolution(x, w, b, p, reset, kind, backend=backend), *inputs)
 
 
+@compiled
+@profile
+@given(shape=st.tuples(*[st.integers(1, 4)] * 3, st.integers(2, 70)), n=st.integers(1, 35), interleaved=st.booleans(),
+       one=st.booleans(), apart=st.booleans(), seed=st.integers(0, 99))
+def test_turned(shape, n, interleaved, one, apart, seed):
+    n = min(n, shape[-1] // 2)
+    (x, angle) = draw(seed, shape, (1 if one else shape[0], 1, shape[2], n), apart=apart)
+
+    def f(x, backend):
+        return turned(x, angle.cos().to(x), angle.sin().to(x), interleaved, backend=backend)
+
+    agree(f, x)
+
+
 def test_short_convolution_is_torchs():
     x, w = draw(0, (2, 9, 5), (5, 4))
     other = F.conv1d(x.mT, w[:, None], padding=3, groups=5)[..., :9].mT
@@ -154,6 +168,8 @@ X, W, M, TAPS = draw(0, (2, 3, 4), (1, 4), (2, 3, 4), (4, 3))
 @pytest.mark.parametrize(("f", "inputs"), [
     (lambda x, w, m: norm(x, "rms", w, None, m, eps=1e-3, activation="silu"), (X, W, M)),
     (lambda x, m: norm(x, "l2", eps=1e-3) + gated(x * m, m), (X, M)),
+    (lambda x, w: turned(x[None] * w, w[None, None].cos()[..., :2], w[None, None].sin()[..., :2])[0], (X, W)),
+    (lambda x: turned(x[None], W[None, None].cos()[..., :2], W[None, None].sin()[..., :2])[0] ** 2, (X,)),
     (lambda x, w, m, taps: short_convolution(x * m, taps, w[0], activation="silu"), (X, W, M, TAPS)),
 ])
 def test_gradients_of_gradients_and_transforms(f, inputs):
@@ -190,6 +206,7 @@ def test_bad_input_is_told():
         (lambda: norm(x, weight=w, eps=1.0), "weight has shape"), (lambda: norm(x, gate=w, eps=1.0), "the gate has"),
         (lambda: norm(x, weight=w[:4], bias=x[0, :, :4], eps=1.0), "of one shape"),
         (lambda: norm(x, "batch", eps=1.0), "kind 'batch'"),
+        (lambda: turned(x[None], x[None], x[None]), "do not fit"),
         (lambda: short_convolution(x, w[None]), "weight has shape"),
         (lambda: short_convolution(x, x[0].mT, w), "bias has shape"),
         (lambda: short_convolution(x, x[0].mT, past=x), "past has shape"),

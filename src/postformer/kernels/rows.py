@@ -1,4 +1,4 @@
-"""Elementwise and row-wise work around the memories: gated activations, norms with gates.
+"""Elementwise and row-wise work around the memories: gated activations, norms with gates, turned pairs.
 
 Each is one pass of compiled code (native/rows.h) each way where there is some, keeping nothing but its inputs, and
 PyTorch operations elsewhere: other devices, half precision, torch.func, torch.compile, gradients of gradients.
@@ -262,3 +262,54 @@ class _Rms(torch.autograd.Function):
         grad = grad * weight
         inner = (grad * unit).mean(-1, keepdim=True)
         return torch.addcmul(grad, unit, inner, value=-1).mul_(scale), grad_weight, None
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, *, backend: str = "auto") -> Tensor:
+    """Pairs of the first channels of each row turned by angles, the other channels as they are (RoPE, 2104.09864).
+
+    x: [A, B, C, d]; cos, sin: [., ., ., n], which broadcast over the rows, 2 n <= d; they get no gradients in compiled
+    code, and are left to PyTorch where they want them. Pairs are (i, n + i), or (2i, 2i + 1) with `interleaved`.
+    Raises ValueError for other shapes.
+    """
+    if x.ndim != 4 or cos.ndim != 4 or cos.shape != sin.shape or 2 * cos.shape[-1] > x.shape[-1]:
+        raise ValueError(f"turned: x {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)} do not fit; give "
+                         "[A, B, C, d] and angles [., ., ., n] of one shape with 2 n <= d")
+    if recorded(cos, sin) or not compiled(backend, "turned", "none", x, cos, sin):
+        return _turned_form(x, cos, sin, interleaved)
+    return _Turned.apply(x, cos, sin, interleaved) if recorded(x) else _turned(x, cos, sin, interleaved, False)
+
+
+def _turned_form(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    dim = 2 * cos.shape[-1]
+    first, kept = x[..., :dim], x[..., dim:]
+    if interleaved:
+        a, b = first[..., 0::2], first[..., 1::2]
+        out = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+    else:
+        a, b = first.chunk(2, -1)
+        out = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.cat([out, kept], -1) if kept.shape[-1] else out
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> Tensor:
+    x = _four(x)
+    cos, sin = (rows(p).expand(*x.shape[:3], -1) for p in (cos, sin))  # type: ignore[union-attr]
+    y = torch.empty_like(x)
+    call("turned", x.dtype, [*x.shape, cos.shape[-1], interleaved, back], _pointers(x, cos, sin, y),
+         _strides(x, cos, sin, y))
+    return y
+
+
+class _Turned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return _turned(x, cos, sin, interleaved, False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _turned_form(grads[0], cos, -sin, ctx.interleaved), None, None, None
+        return _turned(grads[0], cos, sin, ctx.interleaved, True), None, None, None

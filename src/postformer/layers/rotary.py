@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from postformer.kernels.rows import turned
+
 
 def angles(position: Tensor, dim: int, dtype: torch.dtype, base: float = 10000.0) -> tuple[Tensor, Tensor]:
     """(cosines, sines) [B, 1, T, dim / 2] of position [B, T] times base^(-2i / dim); for `rotary`."""
@@ -19,16 +21,7 @@ def rotary(x: Tensor, turn: tuple[Tensor, Tensor], interleaved: bool = False) ->
 
     Halves are paired (channel i with i + dim/2) as in Llama; interleaved pairs neighbours (2i, 2i + 1) as in RetNet.
     """
-    cos, sin = turn
-    dim = 2 * cos.shape[-1]
-    turned, kept = x[..., :dim], x[..., dim:]
-    if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        out = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-    else:
-        a, b = turned.chunk(2, -1)
-        out = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    return torch.cat([out, kept], -1) if kept.shape[-1] else out
+    return turned(x, *turn, interleaved)
 
 
 def sinusoidal(position: Tensor, width: int, dtype: torch.dtype) -> Tensor:

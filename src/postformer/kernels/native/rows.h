@@ -319,3 +319,33 @@ int NAME(norm_backward)(const int64_t *sizes, void *const *pointers, const int64
   if (gbias) add_parts(parts + weights, blocks, 2 * weights, weights, gbias);
   return failed;
 }
+
+/* The first 2 n numbers of a row in pairs (i, n + i), or (2 i, 2 i + 1) interleaved, turned by angles; the rest as it is.
+   sizes A B C d n interleaved back; pointers x cos sin y; strides of each */
+int NAME(turned)(const int64_t *sizes, void *const *pointers, const int64_t *strides, int threads) {
+  long B = sizes[1], C = sizes[2], d = sizes[3], n = sizes[4], rows = sizes[0] * B;
+  const REAL *x = pointers[0], *cosines = pointers[1], *sines = pointers[2];
+  REAL *y = pointers[3], sign = sizes[6] ? -1 : 1;
+  row_steps sx = row_steps_of(strides), sc = row_steps_of(strides + 3), ss = row_steps_of(strides + 6),
+            sy = row_steps_of(strides + 9);
+  (void)threads;
+  FOR_ROWS {
+    const REAL *xr = x + row_at(sx, a, b, c), *cr = cosines + row_at(sc, a, b, c), *sr = sines + row_at(ss, a, b, c);
+    REAL *yr = y + row_at(sy, a, b, c);
+    if (sizes[5])
+      for (long i = 0; i < n; i++) {
+        REAL one = xr[2 * i], two = xr[2 * i + 1], sine = sign * sr[i];
+        yr[2 * i] = one * cr[i] - two * sine;
+        yr[2 * i + 1] = two * cr[i] + one * sine;
+      }
+    else
+      ALONG(n, {
+        vec one = load_part(xr + i, left), two = load_part(xr + n + i, left), cosine = load_part(cr + i, left);
+        vec sine = load_part(sr + i, left) * sign;
+        store_part(yr + i, left, one * cosine - two * sine);
+        store_part(yr + n + i, left, two * cosine + one * sine);
+      })
+    memcpy(yr + 2 * n, xr + 2 * n, (d - 2 * n) * sizeof(REAL));
+  }
+  return 0;
+}
