@@ -14,7 +14,7 @@ from .scan_native import NativeScan, scan_forward
 
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], object]
 """step(a, h, b, out): out <- a h + b, in whatever algebra."""
-SHORT = 2
+SHORT = 3
 """Tokens up to which a few operations of PyTorch are faster than any other form."""
 WIDE = 4096
 """Values per token from which a plain walk over the tokens is faster than blocks (measured: 1.1 to 1.7 times)."""

@@ -102,10 +102,10 @@ class NativeScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad):
         a, h0, reset, h = ctx.saved_tensors
-        flat, g = _flat(a), _flat(grad)
+        flat, g, start = _flat(a), _flat(grad), h0.contiguous()
         grad_a = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        grad_b, grad_h0 = torch.empty_like(h), h.new_empty(h0.shape)
+        grad_b, grad_h0 = torch.empty_like(h), torch.empty_like(start)
         call("scan_backward", h.dtype, list(h.shape),
-             [pointer(x) for x in (flat, h0.contiguous(), reset, h, g, grad_a, grad_b, grad_h0)],
+             [pointer(x) for x in (flat, start, reset, h, g, grad_a, grad_b, grad_h0)],
              [*_all_strides(flat), *_all_strides(g), *_strides(reset)])
         return None if grad_a is None else grad_a.view(a.shape), grad_b.view(a.shape), grad_h0, None
