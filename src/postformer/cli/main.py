@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from postformer.cli import trouble
-from postformer.cli.verbs import demo, doctor, explain, gauntlet, generate, listing, report, train, verify
+from postformer.cli.verbs import bench, demo, doctor, explain, gauntlet, generate, listing, report, train, verify
 
 app = typer.Typer(
     name="postformer", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -19,6 +19,7 @@ app.command("explain")(explain.explain)
 app.command("verify")(verify.verify)
 app.command("train")(train.train)
 app.command("gauntlet")(gauntlet.gauntlet)
+app.command("bench")(bench.bench)
 app.command("generate")(generate.generate)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)

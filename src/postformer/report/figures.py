@@ -10,7 +10,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,10 +160,10 @@ def loss_curves(series: Sequence[Series], label: str = "Bits per byte") -> Any:
     return finish(figure, axes, "Training tokens", label, smooth)
 
 
-def growth(series: Sequence[Series], unit: str, label: str) -> Any:
-    """A cost of decoding against the context, both axes logarithmic; `marks` are measured beside declared values.
+def growth(series: Sequence[Series], unit: str, label: str, xlabel: str = "Tokens of context") -> Any:
+    """A cost against the context or the length, both axes logarithmic; `marks` are measured beside declared values.
 
-    unit: "bytes" or "seconds", which sets the ticks of the vertical axis.
+    unit: "bytes", "seconds" or "rate", which sets the ticks of the vertical axis.
     """
     figure, axes = canvas([s.name for s in series])
     xs = [x for s in series for x in s.x]
@@ -181,7 +181,8 @@ def growth(series: Sequence[Series], unit: str, label: str) -> Any:
     if unit == "bytes":
         byte_ticks(axes.yaxis, *axes.get_ylim())
     else:
-        second_ticks(axes.yaxis, *axes.get_ylim())
+        low, high = axes.get_ylim()
+        round_ticks(axes.yaxis, low, high, numbers.duration if unit == "seconds" else numbers.short)
     _lines(axes, series, markers=not any(s.marks for s in series))
     for s in series:
         if s.marks:
@@ -195,7 +196,7 @@ def growth(series: Sequence[Series], unit: str, label: str) -> Any:
                 markeredgewidth=1.5,
                 zorder=4,
             )
-    return finish(figure, axes, "Tokens of context", label, series)
+    return finish(figure, axes, xlabel, label, series)
 
 
 def svg(figure: Any, name: str, title: str, description: str) -> str:
@@ -340,11 +341,12 @@ def byte_ticks(axis: Any, low: float, high: float) -> None:
     set_ticks(axis, places, [re.sub(r" (.)iB$", r"\1", numbers.size(p)).replace(" B", "") for p in places])
 
 
-def second_ticks(axis: Any, low: float, high: float) -> None:
-    places = [m * 10.0**e for e in range(-7, 4) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+def round_ticks(axis: Any, low: float, high: float, write: Callable[[float], str]) -> None:
+    """Ticks at 1, 2 and 5 times powers of ten, or at the powers alone where those are many."""
+    places = [m * 10.0**e for e in range(-7, 10) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
     if len(places) > 6:
         places = [p for p in places if round(p / 10 ** math.floor(math.log10(p) + 1e-9)) == 1]
-    set_ticks(axis, places, [numbers.duration(p).replace(" ", "") for p in places])
+    set_ticks(axis, places, [write(p).replace(" ", "") for p in places])
 
 
 def _tokens(value: float) -> str:

@@ -18,7 +18,7 @@ def render(source: str | Path | Sequence[str | Path], output: str | Path | None 
     """Write one self-contained HTML page about finished runs and return its path.
 
     Args:
-        source: a directory that holds `demo.json` or `gauntlet.json`, or one or several run directories.
+        source: a directory that holds `demo.json`, `gauntlet.json` or `bench.json`, or one or several run directories.
         output: the file to write, or a directory for `report.html`; by default `report.html` beside the first source.
 
     The page loads nothing: figures are inline SVG, the numbers are embedded as JSON and CSV. Runs that are missing or
@@ -36,6 +36,10 @@ def render(source: str | Path | Sequence[str | Path], output: str | Path | None 
         from postformer.report.gauntlet.page import gauntlet_page
 
         content = gauntlet_page(sources[0])
+    elif len(sources) == 1 and (sources[0] / "bench.json").is_file():
+        from postformer.report.bench import bench_page
+
+        content = bench_page(sources[0])
     else:
         from postformer.report.runs import runs_page
 

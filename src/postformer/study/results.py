@@ -39,10 +39,10 @@ def read(directory: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def write(directory: Path, found: dict[str, Any]) -> None:
-    """Write gauntlet.json, as one action."""
+def write(directory: Path, found: dict[str, Any], name: str = "gauntlet.json") -> None:
+    """Write a study's results, as one action."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "gauntlet.json", found)
+    write_json(directory / name, found)
 
 
 def claims_only() -> dict[str, Any]:

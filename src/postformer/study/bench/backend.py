@@ -1,0 +1,41 @@
+"""Which code a measurement ran, observed rather than assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from postformer.kernels import use
+from postformer.kernels.native import native, watched
+
+
+class Fallback(RuntimeError):
+    """Something else ran than what was asked for; such a time is no measurement."""
+
+
+def setting(backend: str) -> str:
+    """What `kernels.use` is told: where compiled code is expected, what users get; that it ran is then observed."""
+    return "auto" if backend == "native" else backend
+
+
+def ours(work: Callable[[], Any], backend: str) -> Callable[[], Any]:
+    """The work with our kernels on a backend."""
+    def run() -> Any:
+        with use(backend=setting(backend)):
+            return work()
+    return run
+
+
+def observe(work: Callable[[], Any], backend: str, *, compiled: bool = True) -> tuple[Any, str]:
+    """(what the work returns, the backend that ran in words).
+
+    compiled: whether there is compiled code for this, so that "native" must run some. Raises Fallback.
+    """
+    with watched() as seen:
+        result = ours(work, backend)()
+    if backend == "native" and compiled and not seen:
+        why = "none of them ran" if native().library else f"there are none: {native().reason}"
+        raise Fallback(f"compiled kernels were asked for, and {why}; -s backend=parallel measures PyTorch operations")
+    if backend == "parallel" and seen:
+        raise Fallback(f"PyTorch operations were asked for, and compiled code ran: {', '.join(sorted(seen))}")
+    return result, f"compiled ({', '.join(sorted(seen))})" if seen else "PyTorch operations"
