@@ -82,21 +82,23 @@ class Run:
         self.recipe, self.model = load_run(self.directory)
 
     def generate(self, prompt: str, tokens: int = 200, *, temperature: float = 0.8, top_p: float = 0.95,
-                 seed: int = 0) -> str:
-        """The prompt and its continuation; raises as `stream`."""
-        made = b"".join(self.stream(prompt, tokens, temperature=temperature, top_p=top_p, seed=seed))
+                 seed: int = 0, stop: str | Sequence[str] = (), **policy: Any) -> str:
+        """The prompt and its continuation; arguments and errors as of `stream`."""
+        made = b"".join(self.stream(prompt, tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop,
+                                    **policy))
         return (prompt.encode("utf-8", "surrogateescape") + made).decode("utf-8", "replace")
 
     def stream(self, prompt: str, tokens: int = 200, *, temperature: float = 0.8, top_p: float = 0.95,
-               seed: int = 0) -> Iterator[bytes]:
-        """The continuation, byte by byte as it is made.
+               seed: int = 0, stop: str | Sequence[str] = (), **policy: Any) -> Iterator[bytes]:
+        """The continuation, piece by piece as it is made, up to the first of the strings in `stop`, which is left out.
 
-        Raises ValueError, before anything is made, for a run that was not trained on text and values out of range.
+        policy: more fields of `sampling.Policy`: top_k, min_p, repetition_penalty. Raises ValueError, before anything
+        is made, for a run that was not trained on text and values out of range.
         """
         import torch
 
         from postformer.data.codec import VOCAB, decode_bytes, encode
-        from postformer.sampling import Policy, stream
+        from postformer.sampling import Policy, StopText, stream
         from postformer.training import read_run
 
         data, vocab = read_run(self.directory)["data"], self.recipe.model.vocab
@@ -110,9 +112,15 @@ class Run:
             raise ValueError("the prompt is empty; give at least one character")
         if tokens < 1:
             raise ValueError(f"tokens must be at least 1, not {tokens}")
-        policy, generator = Policy(temperature, top_p=top_p), torch.Generator().manual_seed(seed)
-        pieces = stream(self.model, encode(prompt)[None], policy, tokens, generator=generator)
-        return (decode_bytes(piece.token) for piece in pieces)
+        unknown = sorted(set(policy) - set(Policy.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"nothing about drawing tokens is called {', '.join(unknown)}; there are "
+                             f"{', '.join(Policy.__dataclass_fields__)}, seed and stop")
+        generator = torch.Generator().manual_seed(seed)
+        text = StopText([stop] if isinstance(stop, str) else stop)
+        pieces = stream(self.model, encode(prompt)[None], Policy(temperature, top_p=top_p, **policy), tokens,
+                        generator=generator)
+        return text.cut(decode_bytes(piece.token) for piece in pieces)
 
     def report(self, out: str | Path | None = None) -> Path:
         """One HTML page about the run."""

@@ -114,6 +114,15 @@ def test_generate_checks_before_it_writes_and_agrees_with_python(inside, trained
         trained.generate("")
     done = inside("generate", "run", "--prompt", "line", "--tokens", "9", "--json")
     assert trained.generate("line", 9) == "line" + done.json["text"]
+    drawn = ("--prompt", "line", "--tokens", "60", "--json", "-s", "top_k=3", "-s", "min_p=0.01", "-s",
+             "repetition_penalty=1.1")
+    done = inside("generate", "run", *drawn)
+    assert trained.generate("line", 60, top_k=3, min_p=0.01, repetition_penalty=1.1) == "line" + done.json["text"]
+    text = done.json["text"]
+    end = next(c for c in text[5:] if c.isascii() and c.isprintable())
+    cut = inside("generate", "run", *drawn, "-s", f"stop={json.dumps([end])}")
+    assert cut.json["text"] == text[:text.index(end)]
+    said(inside("generate", "run", "-s", "top_q=3"), 2, "top_q", "top_k, ")
     said(inside("generate", "nowhere"), 2, "no directory nowhere")
     said(inside("generate", tmp_path), 2, "holds no run")
     with pytest.raises(TrainingError, match="no directory nowhere"):

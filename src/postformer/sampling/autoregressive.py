@@ -137,7 +137,7 @@ class _Run:
     def _read(self) -> Tensor:
         """Whatever stands before the first new token -> logits [B, V] after it."""
         if self.prefix is not None:
-            self.stepper = Stepper(self.model, states.map_state(torch.clone, self.prefix.state))
+            self.stepper = Stepper(self.model, states.map_state(torch.clone, self.prefix.state), self.limit)
             return self.stepper.step(self.prefix.pending)
         tokens = self.history.tokens
         if tokens.shape[1] == 1:
@@ -148,17 +148,17 @@ class _Run:
             last[:, -1] = True
             out = self.model(tokens, None, Context(valid=self.valid, consume=True), select=last)
             logits = out.logits
-        self.stepper = Stepper(self.model, out.state)
+        self.stepper = Stepper(self.model, out.state, self.limit)
         return logits
 
     def _pieces(self) -> Iterator[Piece]:
         stopped = None if self.stop is None else _stopper(self.stop, self.live.device)
-        history, seen = self.history, None
+        history, interpose, seen = self.history, self.interpose, None
         queue: list[Tensor] = []  # forced columns [B] still to come
         never, everyone = torch.zeros_like(self.live), True
         while history.new < self.limit and (everyone or bool(self.live.any())):
-            if self.interpose is not None and not queue:
-                queue = _columns(self.interpose(history.tokens), self.batch, self.live.device)
+            if interpose is not None and not queue:
+                queue = _columns(interpose(history.tokens), self.batch, self.live.device)
             if self.stepper is None:
                 logits = self._read()
                 if self.policy.remembers:

@@ -124,6 +124,7 @@ class Batch:
                 new = self._waiting.popleft()
                 self._rows[place] = new
                 assert self._stepper is not None
+                self._stepper.room = max(self._stepper.room, new.max_new_tokens)
                 self._stepper.put([place], new.prefix.state)
 
     def _widen(self, size: int) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -50,7 +51,7 @@ class Prefix(NamedTuple):
         try:
             held = load_file(str(path))
             tokens, valid = held["tokens"], held["valid"]
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, SafetensorError) as error:
             raise ValueError(f"{path} is no saved prefix: {error}") from None
         like: Any = model.initial(len(tokens))  # type: ignore[operator]
         wanted = states.leaves(like)

@@ -22,11 +22,12 @@ ROOM = 64
 class Stepper:
     """The model's step with everything done beforehand that can be: room in growing lists, and a tape of the step.
 
-    `state` is the stepper's own: it is overwritten. The model must be in eval mode and keep its parameters meanwhile.
+    `state` is the stepper's own: it is overwritten. room: for how many tokens growing lists shall get room at once (a
+    new tape is recorded where it runs out). The model must be in eval mode and keep its parameters meanwhile.
     """
 
-    def __init__(self, model: nn.Module, state: Any) -> None:
-        self.model, self.state = model, state
+    def __init__(self, model: nn.Module, state: Any, room: int = ROOM) -> None:
+        self.model, self.state, self.room = model, state, max(room, ROOM)
         self.tape: Tape | None = None
         self.reason: str | None = None
         """Why there is no tape, once one was tried."""
@@ -61,7 +62,7 @@ class Stepper:
         lists, theirs = states.growing(self.state), states.growing(state)
         lacking = max((int(new.length.max()) - own.data.shape[1] for own, new in zip(lists, theirs)), default=0)
         if lacking > 0:
-            self._make_room(lacking + max(own.data.shape[1] for own in lists) + ROOM)
+            self._make_room(lacking + max(own.data.shape[1] for own in lists) + self.room)
         states.assign(self.state, rows, state)
         self._count_room()
 
@@ -69,8 +70,8 @@ class Stepper:
         out = self.model(tokens, state, self._ctx)
         return out.logits[:, -1], out.state
 
-    def _make_room(self, tokens: int = ROOM) -> None:
-        wider = states.reserve(self.state, max(tokens, ROOM * self._growth))
+    def _make_room(self, tokens: int = 0) -> None:
+        wider = states.reserve(self.state, max(tokens, self.room * self._growth))
         if wider is not self.state and any(
                 a.data_ptr() != b.data_ptr() for a, b in zip(states.leaves(wider), states.leaves(self.state))):
             self.tape = None  # it knows the old places

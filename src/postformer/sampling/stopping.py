@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 
 class StopText:
@@ -31,6 +31,16 @@ class StopText:
         held = max((n for s in self.strings for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
         self._held = text[len(text) - held:]
         return text[:len(text) - held]
+
+    def cut(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """The pieces of a text up to the first of the strings."""
+        for piece in pieces:
+            if certain := self.push(piece):
+                yield certain
+            if self.done:
+                return
+        if rest := self.rest():
+            yield rest
 
     def rest(self) -> bytes:
         """What was held back, when there is no more text."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,14 +18,21 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Nucleus: smallest set with this probability.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
+    set_: Annotated[list[str] | None, typer.Option(
+        "-s", "--set", metavar="FIELD=VALUE", help="top_k, min_p, repetition_penalty, stop=['...'].")] = None,
     quiet: Quiet = False, json: Json = False,
 ) -> None:
     """Continue a prompt, carrying the state: nothing is computed twice, and a constant state stays constant."""
     import time
 
     from postformer.api import Run
+    from postformer.design.loading import override
 
-    pieces = Run(run).stream(prompt, tokens, temperature=temperature, top_p=top_p, seed=seed)
+    more: dict[str, Any] = {}
+    for item in set_ or []:
+        override(more, item)
+    more = {"temperature": temperature, "top_p": top_p, "seed": seed, **more}
+    pieces = Run(run).stream(prompt, tokens, **more)
     start, made = time.perf_counter(), bytearray()
     sys.stdout.write(prompt)
     pending = b""
