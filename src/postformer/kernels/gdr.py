@@ -3,13 +3,16 @@ rule and all their gated, multi-step and lagged forms."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from . import gdr_triton as gpu
 from . import settings
 from .gdr_chunk import gdr_chunked
+from .gdr_native import gdr_chunks
 from .gdr_reference import gdr_recurrent
 
 RECURRENT_UP_TO = 3
@@ -62,10 +65,19 @@ def _check(q, g, w, e, u, k_add, v_add, state, reset, chunk, emit) -> tuple[int,
     return rows // T, dv
 
 
-def _tokens_per_chunk(T: int, micro: int, chunk: int, q: Tensor, dv: int, native: bool) -> int:
+Writes = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""w, e, u, k_add and v_add."""
+
+Compiled = Callable[..., Any] | None
+"""The operator that runs chunks as compiled code, or None for PyTorch operations."""
+
+
+def _tokens_per_chunk(T: int, micro: int, chunk: int, q: Tensor, dv: int, compiled: Compiled) -> int:
     """The largest power of two with at most `chunk` rows that is worth its C^2 work, no longer than T tokens need."""
     C = chunk
-    if native:
+    if compiled is not None:
+        if compiled is gpu.gdr_triton:
+            return gpu.tokens_per_chunk(micro, chunk, q.shape[-1])
         C = min(C, 16 if max(q.shape[-1], dv) <= 32 or micro > 1 else 32)
         while C > 1 and C // 2 >= T:
             C //= 2
@@ -121,7 +133,7 @@ def gdr(
         reset: [B, T] bool; the memory is zero before these tokens, exactly, whatever the flags.
         chunk: upper bound of tokens per parallel chunk, a power of two. Changes speed, not results.
         backend: "auto" (the fastest here), "reference" (token by token), "parallel" (chunks of PyTorch operations) or
-            "native" (chunks by compiled code, on a CPU with a compiler).
+            "native" (chunks by compiled code, on a CPU with a compiler or a GPU with Triton).
         emit: also return the memory before tokens 0, emit, 2*emit, ... (before a reset at that token).
 
     Returns:
@@ -147,36 +159,41 @@ def gdr(
     scale = settings.current().decay_scale
     if g is not None and scale != 1.0:
         g = g * scale
-    q = q.to(dtype)
-    g, w, e, u, k_add, v_add = (None if x is None else x.to(dtype) for x in (g, w, e, u, k_add, v_add))
-    S = q.new_zeros(B, H, dk, dv) if state is None else state.to(dtype)
-    backend = settings.choose(backend)
-    flags = (micro, erase_before_decay, read_before_update)
-    if backend == "reference" or (backend == "auto" and T <= RECURRENT_UP_TO):
+    backend, flags = settings.choose(backend), (micro, erase_before_decay, read_before_update)
+    recurrent = backend == "reference" or (backend == "auto" and T <= RECURRENT_UP_TO)
+    writes: Writes = (w, e, u, k_add, v_add)
+    compiled: Compiled = None
+    size = gpu.tokens_per_chunk(micro, chunk, dk)
+    if not recurrent and gpu.runs(backend, q, g, writes, dv, size, *flags):
+        compiled = gpu.gdr_triton  # which takes half precision as it is
+    else:
+        q = q.to(dtype)
+        w, e, u, k_add, v_add = (None if x is None else x.to(dtype) for x in writes)
+        writes = (w, e, u, k_add, v_add)
+    g = None if g is None else g.to(dtype)
+    S = q.new_zeros(B, H, dk, dv, dtype=dtype) if state is None else state.to(dtype)
+    if recurrent:
         o, S, emitted = gdr_recurrent(q, g, w, e, u, k_add, v_add, S, reset, *flags, emit)
     else:
-        writes = (w, e, u, k_add, v_add)
-        native = settings.native(backend, q, "gdr")
-        o, S, emitted = _parallel(q, g, writes, S, reset, flags, chunk, emit, native)
+        if compiled is None and settings.native(backend, q, "gdr"):
+            compiled = gdr_chunks
+        o, S, emitted = _parallel(q, g, writes, S, reset, flags, chunk, emit, compiled)
     o = o.to(out_dtype)
     return (o, S) if emit is None else (o, S, emitted)
 
 
-Writes = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
-
 def _parallel(q, g, writes: Writes, S, reset, flags: tuple[int, bool, bool], chunk: int, emit: int | None,
-              native: bool):  # fmt: skip
+              compiled: Compiled):  # fmt: skip
     """Chunks that start wherever a state is to be emitted, or else one call for each emitted state."""
     T, micro = q.shape[2], flags[0]
     dv = S.shape[-1]
-    C = _tokens_per_chunk(T, micro, chunk, q, dv, native)
+    C = _tokens_per_chunk(T, micro, chunk, q, dv, compiled)
     if emit is None:
-        return (*gdr_chunked(q, g, *writes, S, reset, *flags, C, native, False)[:2], None)
+        return (*gdr_chunked(q, g, *writes, S, reset, *flags, C, compiled, False)[:2], None)
     common = emit & -emit
     if emit >= T or common >= min(C, 16):
         C = C if emit >= T else min(C, common)
-        o, last, states = gdr_chunked(q, g, *writes, S, reset, *flags, C, native, True)
+        o, last, states = gdr_chunked(q, g, *writes, S, reset, *flags, C, compiled, True)
         return o, last, states[:: max(1, emit // C)].transpose(0, 1) if emit < T else states[:1].transpose(0, 1)
     w, e, u, k, v = writes
     out, emitted = [], []
@@ -188,8 +205,8 @@ def _parallel(q, g, writes: Writes, S, reset, flags: tuple[int, bool, bool], chu
             return None if x is None else x[:, :, t * n : stop * n]
 
         pieces = (cut(q), cut(g), cut(w, micro), cut(e, micro), cut(u, micro), cut(k, micro), cut(v, micro))
-        C = _tokens_per_chunk(stop - t, micro, chunk, q, dv, native)
+        C = _tokens_per_chunk(stop - t, micro, chunk, q, dv, compiled)
         restart = None if reset is None else reset[:, t:stop]
-        o, S, _ = gdr_chunked(*pieces, S, restart, *flags, C, native, False)
+        o, S, _ = gdr_chunked(*pieces, S, restart, *flags, C, compiled, False)
         out.append(o)
     return torch.cat(out, 2), S, torch.stack(emitted, 1)

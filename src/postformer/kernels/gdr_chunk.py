@@ -14,13 +14,15 @@ Legend: N chunks, G = batch * heads, C tokens per chunk, R micro-steps per token
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .gdr_channel import ChannelChunks
 from .gdr_head import HeadChunks
-from .gdr_native import gdr_chunks
 
 RESET = -1e4
 """A log-decay whose exponential is exactly zero in fp32 and fp64, and which can still be added to others."""
@@ -40,19 +42,20 @@ def gdr_chunked(
     erase_before_decay: bool,
     read_before_update: bool,
     C: int,
-    native: bool,
+    compiled: Callable[..., Any] | None,
     emits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes as in `gdr`, all floating tensors already in the state's dtype, C tokens per chunk (a power of two).
 
-    native: by compiled code. Returns (o, state, the state before every C-th token [N, B, H, dk, dv]); the last is empty
-    where it was neither asked for (`emits`) nor needed for gradients.
+    compiled: the operator that runs the chunks, or None for PyTorch operations. Returns (o, state, the state before
+    every C-th token [N, B, H, dk, dv]); the last is empty where it was neither asked for (`emits`) nor needed for
+    gradients.
     """
     (B, H, T, _), R = q.shape, micro
     if reset is not None:
         cut = reset[:, None, :, None]
         if g is None:
-            g = q.new_zeros(()).expand(B, H, T, 1)
+            g = state.new_zeros(()).expand(B, H, T, 1)
         g = torch.where(cut, RESET, g)
         # A zero decay does not hide the old state from a row that looks before the decay.
         if read_before_update:
@@ -62,10 +65,10 @@ def gdr_chunked(
             first = torch.arange(R, device=q.device) == 0
             e = e.masked_fill(cut[..., None] & first[:, None], 0.0).flatten(2, 3)
     pad, flags = (-T) % C, (R, erase_before_decay, read_before_update)
-    if native:
+    if compiled is not None:
         inputs = (q, g, w, e, u, k_add, v_add, state)
         keep = emits or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs))
-        return gdr_chunks(*inputs, C, *flags, keep)[:3]
+        return compiled(*inputs, C, *flags, keep)[:3]
     if pad:  # with identity tokens
         q, g = F.pad(q, (0, 0, 0, pad)), None if g is None else F.pad(g, (0, 0, 0, pad))
         w, e, u, k_add, v_add = (None if x is None else F.pad(x, (0, 0, 0, pad * R)) for x in (w, e, u, k_add, v_add))
