@@ -13,7 +13,7 @@ from postformer.report.style import Look, swatch
 from postformer.report.tables import Column, Table
 
 _OURS = "ours"
-_NAMES = {_OURS: "Ours", "attention": "Softmax attention", "PyTorch": "Ours in PyTorch operations"}
+_NAMES = {_OURS: "Ours", "attention": "Softmax attention", "PyTorch": "PyTorch form"}
 
 
 def bench_page(directory: Path) -> dict[str, Any]:
@@ -92,13 +92,12 @@ def _compared(rows: list[dict[str, Any]], caption: str, first: str, titles: Call
               field: str, write: Callable[[Any], str], extra: Iterable[Column] = ()) -> Table:
     """One row per measurement: every side's figure, the median of ours, how many times as long the others take."""
     sides = _sides(rows)
-    columns = [Column("name", first, numeric=False), *extra]
-    columns += [Column(f"{side}_{field}", _NAMES.get(side, side), write) for side in sides]
-    columns += [Column("median", "Ours, median time", numbers.duration)]
-    columns += [Column(f"{side}_ratio", f"{_NAMES.get(side, side)}: time over ours", _times)
-                for side in sides if side != _OURS]
-    columns += [Column("floor", "Floor", numbers.duration), Column("share", "Share of the floor", _share)]
-    columns += [Column("backend", "What ran as ours", numeric=False)]
+    others = [side for side in sides if side != _OURS]
+    columns = [Column("name", first, numeric=False), *extra, Column(f"{_OURS}_{field}", "Ours", write),
+               Column("median", "Ours, median time", numbers.duration), Column("share", "Share of the floor", _share)]
+    columns += [Column(f"{side}_ratio", f"{_NAMES.get(side, side)}, time over ours", _times) for side in others]
+    columns += [Column(f"{side}_{field}", _NAMES.get(side, side), write) for side in others]
+    columns += [Column("floor", "Floor", numbers.duration), Column("backend", "What ran as ours", numeric=False)]
     out = []
     for row in rows:
         ours = row["sides"][_OURS]
@@ -152,7 +151,7 @@ def _lengths(raw: dict[str, Any]) -> dict[str, Any] | None:
     table = Table("Exponents of time and of memory kept for the backward pass", [
         Column("recipe", "Recipe", numeric=False), Column("exponent", "Time", lambda v: f"{v:.3f}"),
         Column("kept_exponent", "Memory", lambda v: f"{v:.3f}"), Column("limit", "Limit", lambda v: f"{v:g}"),
-        Column("kept", "Bytes kept at the greatest length", numbers.size), Column("backend", "What ran", numeric=False),
+        Column("kept", "Most kept", numbers.size), Column("backend", "What ran", numeric=False),
     ], [{**r, "kept": r["points"][-1]["kept_bytes"], "backend": _short(r["backend"])} for r in rows],
         {n: swatch(look) for n, look in looks.items()})  # fmt: skip
     return _section("lengths", "Time against length",

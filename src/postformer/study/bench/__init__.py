@@ -16,11 +16,10 @@ from typing import Any
 import torch
 
 from postformer.kernels.native import native
-from postformer.study.bench import kernels, models, peers
+from postformer.study.bench import decoding, kernels, models, peers
 from postformer.study.bench.check import compare, keep, last, ratios
 from postformer.study.bench.clock import Machine, threads
 from postformer.study.bench.config import PARTS, BenchConfig, configured
-from postformer.study.bench.decoding import decoding
 from postformer.study.results import environment, now
 
 __all__ = ["PARTS", "BenchConfig", "compare", "configured", "keep", "last", "ratios", "run_bench"]
@@ -53,7 +52,7 @@ def run_bench(config: BenchConfig | None = None, parts: Sequence[str] = PARTS, *
         "peers": peers.about(config.device)}
     work: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "kernels": lambda: kernels.measure(config, machine, tell), "lengths": lambda: models.lengths(config, tell),
-        "training": lambda: models.training(config, machine, tell), "decoding": lambda: decoding(config, tell)}
+        "training": lambda: models.training(config, machine, tell), "decoding": lambda: decoding.measure(config, tell)}
     with threads(counts[-1]), peers.quiet():
         for part in (p for p in PARTS if p in parts):
             found[part] = work[part]()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -12,6 +12,8 @@ from postformer.design.base import nearest
 from postformer.design.loading import override
 
 PARTS = ("kernels", "lengths", "training", "decoding")
+READ = 64
+"""Tokens that are read before a state is taken to a longer context"""
 LINEAR = "linear"
 """Among recipes: all that ship whose memories are matrices and vectors only, K1 and K2."""
 
@@ -28,7 +30,7 @@ class KernelSizes(_Data):
     """Channels of a head; scans and convolutions have heads * dim channels, the selective scan twice as many"""
     cases: tuple[str, ...] | None = None
     """None: all"""
-    rounds: int = Field(default=7, ge=1)
+    rounds: int = Field(default=5, ge=1)
 
 
 class LengthSizes(_Data):
@@ -37,7 +39,7 @@ class LengthSizes(_Data):
     width: int = Field(default=64, ge=8)
     layers: int = Field(default=1, ge=1)
     """Or the fewest that hold a recipe's pattern"""
-    rounds: int = Field(default=4, ge=1)
+    rounds: int = Field(default=3, ge=1)
 
 
 class TrainingSizes(_Data):
@@ -48,18 +50,18 @@ class TrainingSizes(_Data):
     """The length for Mamba-1, whose class in transformers loops over tokens in Python"""
     width: int = Field(default=256, ge=64, multiple_of=64)
     layers: int = Field(default=4, ge=1)
-    rounds: int = Field(default=4, ge=1)
+    rounds: int = Field(default=3, ge=1)
 
 
 class DecodingSizes(_Data):
     recipes: tuple[str, ...] = ("transformer", "mamba2", "gated-deltanet", "qwen3-next", "mamba")
-    contexts: tuple[int, ...] = Field(default=(100, 1000, 10_000, 100_000), min_length=1)
+    contexts: tuple[Annotated[int, Field(ge=READ)], ...] = Field(default=(100, 1000, 10_000, 100_000), min_length=1)
     peer_context: int = 1000
     """Up to this context transformers is measured too: it has to read all of it first"""
     tokens: int = Field(default=48, ge=2)
     width: int = Field(default=256, ge=64, multiple_of=64)
     layers: int = Field(default=4, ge=1)
-    rounds: int = Field(default=4, ge=1)
+    rounds: int = Field(default=3, ge=1)
 
 
 class BenchConfig(_Data):
@@ -70,7 +72,7 @@ class BenchConfig(_Data):
     """Of our kernels, which must be what runs; None: "native" on a CPU, "parallel" elsewhere"""
     threads: tuple[int | Literal["all"], ...] = (1, "all")
     """Of kernels; the other parts use the last of them"""
-    seconds: float = Field(default=3.0, gt=0)
+    seconds: float = Field(default=2.0, gt=0)
     """What one side of one comparison may take: a slower one gets fewer rounds, but at least one"""
     kernels: KernelSizes = KernelSizes()
     lengths: LengthSizes = LengthSizes()

@@ -18,17 +18,15 @@ from postformer.sampling.stepper import WARM, Stepper
 from postformer.study.bench import peers
 from postformer.study.bench.backend import Fallback, setting
 from postformer.study.bench.clock import Side, by_turns
-from postformer.study.bench.config import BenchConfig
+from postformer.study.bench.config import READ, BenchConfig
 from postformer.study.bench.models import CHANGES, Tell, random_tokens, rated
 
-READ = 64
-"""Tokens that are read before a state is taken to a longer context"""
 SKIPPED = WARM + 4
 """Tokens at the start, in which the step is recorded; they are not timed"""
 
 
 @torch.inference_mode()
-def decoding(config: BenchConfig, tell: Tell) -> list[dict[str, Any]]:
+def measure(config: BenchConfig, tell: Tell) -> list[dict[str, Any]]:
     """Tokens per second, one sequence and greedy, and bytes of state, after each context."""
     sizes, found = config.decoding, []
     for name in sizes.recipes:

@@ -142,7 +142,7 @@ def _trained(name: str, config: BenchConfig, machine: Machine) -> dict[str, Any]
     except peers.Absent as why:
         out["sides"][peers.TRANSFORMERS] = {"absent": str(why)}
     timed = machine.measure({side: clocked(run, config.device) for side, run in runs.items()}, sizes.rounds,
-                            3 * config.seconds)
+                            2 * config.seconds)
     out["work"] = {"multiply_adds": 3 * sizes.batch * recipe.cost().flops(length) / 2, "bytes": 0.0}
     return rated(out, timed, tokens.numel())
 
