@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 
-from postformer.kernels import gdr, gdr_triton, triton_device
+from postformer.kernels import gdr, gdr_triton, selective_scan, selective_triton, triton_device
 from postformer.kernels.gdr_reference import gdr_recurrent
 
 INTERPRETED = triton_device.interpreted()
@@ -148,6 +148,48 @@ def test_gdr_takes_the_kernels_where_they_are_trusted():
     half = [x.detach().bfloat16() for x in (q, w, e, u)]
     o, last = gdr(half[0], g, w=half[1], e=half[2], u=half[3])
     assert (o.dtype, last.dtype) == (torch.bfloat16, torch.float32)
+
+
+@inside
+@pytest.mark.parametrize(
+    ("batch", "T", "D", "N", "strength", "resets"),
+    [(2, 33, 5, 4, 1.0, True), (1, 33, 3, 16, 60.0, False), (1, 4, 1, 1, 1.0, True)],
+)
+def test_selective_scan(batch, T, D, N, strength, resets):
+    generator = torch.Generator().manual_seed(T)
+
+    def new(*shape):
+        return torch.randn(shape, generator=generator)
+
+    x, B, C = new(D, batch, T).permute(1, 2, 0), new(batch, T, N), new(batch, 2 * T, N)[:, ::2]
+    given = [x, new(batch, T, D).abs(), -strength * new(D, N).abs(), B, C, new(batch, D, N)]
+    exact = [z.detach().double().requires_grad_() for z in given]
+    given = [z.requires_grad_() for z in given]
+    reset = new(batch, T) > 1.5 if resets else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a fallback warns
+        found = selective_scan(*given, reset, backend="native")
+    expected = selective_scan(*exact, reset, backend="reference")
+    weights = [new(*z.shape) for z in found]
+    for side in (found, expected):
+        sum((z * w).sum() for z, w in zip(side, weights)).backward()
+    for name, z, w in zip(("y", "h"), found, expected):
+        triton_device.agree(z, w, 3e-6, name)
+    for name, z, w in zip(("x", "dt", "A", "B", "C", "h0"), given, exact):
+        triton_device.agree(z.grad, w.grad, 3e-6, f"the gradient of {name}")
+
+
+@inside
+def test_selective_scan_in_half_precision():
+    x, dt, B, C = (torch.rand(1, 9, n).bfloat16() for n in (4, 4, 2, 2))
+    A = -torch.ones(4, 2)
+    y, h = selective_scan(x, dt, A, B, C)
+    expected, state = selective_scan(*(z.double() for z in (x, dt, A, B, C)), backend="reference")
+    assert (y.dtype, h.dtype) == (torch.bfloat16, torch.float32)
+    triton_device.agree(y, expected, 8e-3, "y")
+    triton_device.agree(h, state, 3e-6, "h")
+    operator = (x, dt, A, B, C, torch.zeros(1, 4, 2), None)
+    torch.library.opcheck(selective_triton.selective_triton, operator)
 
 
 def test_a_kernel_that_disagrees_is_not_used(monkeypatch):

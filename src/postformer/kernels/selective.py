@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import selective_triton as gpu
 from . import settings
 from .scan import _blocked, _linear
 from .scan_native import NativeSelectiveScan
@@ -207,7 +208,8 @@ def selective_scan(
         reset: [Bt, T] bool; the state is zero before these tokens, exactly.
         emit: also return the state before tokens 0, emit, 2*emit, ... (before a reset at that token).
         backend: "auto", "reference" (token by token), "parallel" (pieces that are computed again for gradients, by
-            PyTorch operations) or "native" (the same as compiled code, CPU only).
+            PyTorch operations) or "native" (the same as compiled code, on a CPU with a compiler, or on a GPU with
+            Triton where no state is emitted).
 
     Returns:
         (y, h) or (y, h, emitted): y [Bt, T, D] in x's dtype, without a skip term; h [Bt, D, N] in float32 (float64 for
@@ -230,13 +232,18 @@ def selective_scan(
     out_dtype = x.dtype
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     with torch.autocast(x.device.type, enabled=False):
-        x, dt, A, B, C = (z.to(dtype) for z in (x, dt, A, B, C))
+        backend, A = settings.choose(backend), A.to(dtype)
+        on_gpu = emit is None and x.shape[1] > 2 and gpu.runs(backend, x, dt, A, B, C, reset)
+        if not on_gpu:
+            x, dt, B, C = (z.to(dtype) for z in (x, dt, B, C))
         scale = settings.current().decay_scale
         if scale != 1.0:
             A = A * scale
         h = h0 if h0 is None else h0.to(dtype)
-        backend = settings.choose(backend)
-        if settings.native(backend, x, "selective_scan"):
+        emitted = None
+        if on_gpu:
+            y, h = gpu.selective_triton(x, dt, A, B, C, A.new_zeros(held) if h is None else h, reset)
+        elif settings.native(backend, x, "selective_scan"):
             keep = torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x, dt, A, B, C, h))
             y, h, emitted = NativeSelectiveScan.apply(x, dt, A, B, C, h, reset, emit, keep)
         elif backend == "reference" or (backend == "auto" and x.shape[1] <= 2):
