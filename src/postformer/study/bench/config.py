@@ -72,7 +72,7 @@ class BenchConfig(_Data):
     """Of our kernels, which must be what runs; None: "native" on a CPU, "parallel" elsewhere"""
     threads: tuple[int | Literal["all"], ...] = (1, "all")
     """Of kernels; the other parts use the last of them"""
-    seconds: float = Field(default=2.0, gt=0)
+    seconds: float = Field(default=1.5, gt=0)
     """What one side of one comparison may take: a slower one gets fewer rounds, but at least one"""
     kernels: KernelSizes = KernelSizes()
     lengths: LengthSizes = LengthSizes()
