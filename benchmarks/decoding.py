@@ -172,7 +172,7 @@ def main() -> None:
     print(f"width {WIDTH}, {LAYERS} layers, greedy, fp32, threads {given.threads}: best of {given.rounds} (median)\n")
     compare(given.tokens, given.rounds)
     stepping(given.tokens, given.rounds)
-    contexts([int(n) for n in given.contexts.split(",")], given.tokens, 3)
+    contexts([int(n) for n in given.contexts.split(",")], 32, 2)
 
 
 if __name__ == "__main__":

@@ -414,31 +414,37 @@ static int gather(const instruction *I) {
 static int attend(const instruction *I) {
   const long B = I->n[0], Hq = I->n[1], Hk = I->n[2], d = I->n[3], P = I->n[4], group = Hq / Hk, row = 2 * Hk * d;
   arena room;
-  if (!open_arena(&room, (P + 64) * sizeof(REAL) + 256)) return 1;
-  REAL *p = take(&room, P + 32);
+  const long line = (P + VL) / VL * VL;
+  if (!open_arena(&room, Hq * line * sizeof(REAL) + 256)) return 1;
+  REAL *p = take(&room, Hq * line);
   for (long b = 0; b < B; b++) {
     const int64_t count = ((int64_t *)I->d.p)[b];
-    REAL *list = REAL_AT(&I->c) + b * I->c.s[0];
-    const long used = least(count + 1, P);
+    REAL *list = REAL_AT(&I->c) + b * I->c.s[0], *y = REAL_AT(&I->y) + b * Hq * d;
+    const REAL *q = REAL_AT(&I->a) + b * Hq * d;
+    const long used = least(count + 1, P), padded = (used + VL - 1) / VL * VL;
     memcpy(list + count % P * row, REAL_AT(&I->b) + b * row, row * sizeof(REAL));
+    /* All heads on one place after another: the list is read from the front to the back. */
+    for (long i = 0; i < used; i++)
+      for (long h = 0; h < Hq; h++)
+        p[h * line + i] = dot(q + h * d, list + i * row + h / group * d, d) * (REAL)I->alpha;
     for (long h = 0; h < Hq; h++) {
-      const REAL *q = REAL_AT(&I->a) + (b * Hq + h) * d, *k = list + h / group * d, *v = k + Hk * d;
-      REAL *y = REAL_AT(&I->y) + (b * Hq + h) * d;
-      REAL top = -INFINITY, sum = 0;
-      for (long i = 0; i < used; i++) {
-        p[i] = dot(q, k + i * row, d) * (REAL)I->alpha;
-        if (p[i] > top || p[i] != p[i]) top = p[i];
-      }
+      REAL *w = p + h * line, top = w[0];
+      for (long i = 1; i < used; i++) if (w[i] > top || w[i] != w[i]) top = w[i];
+      for (long i = used; i < padded; i++) w[i] = -INFINITY;
       vec total = {0};
-      for (long i = used; i < (used + VL - 1) / VL * VL; i++) p[i] = -INFINITY;
-      for (long i = 0; i < used; i += VL) total += LOOSE(p + i) = exp_of(LOOSE(p + i) - top);
-      sum = sum_of(total);
-      for (long j = 0; j < d; j++) y[j] = 0;
-      for (long i = 0; i < used; i++) {
-        const REAL share = p[i] / sum, *at = v + i * row;
-        for (long j = 0; j < d; j++) y[j] += share * at[j];
-      }
+      for (long i = 0; i < padded; i += VL) total += LOOSE(w + i) = exp_of(LOOSE(w + i) - top);
+      const REAL sum = sum_of(total);
+      for (long i = 0; i < padded; i += VL) LOOSE(w + i) = LOOSE(w + i) / sum;
     }
+    memset(y, 0, Hq * d * sizeof(REAL));
+    for (long i = 0; i < used; i++)
+      for (long h = 0; h < Hq; h++) {
+        const REAL share = p[h * line + i], *restrict at = list + i * row + (Hk + h / group) * d;
+        REAL *restrict into = y + h * d;
+        long j = 0;
+        for (; j + VL <= d; j += VL) LOOSE(into + j) += share * LOOSE(at + j);
+        for (; j < d; j++) into[j] += share * at[j];
+      }
   }
   return 0;
 }
