@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
-from postformer.kernels import gdr, native
+from postformer.kernels import gdr, max_plus_scan, native, scan, selective_scan
+from postformer.kernels.convolution import short_convolution
+from postformer.kernels.rows import gated, norm, turned
 
 library = native.Native(ctypes.CDLL(str(Path(sys.argv[1]))), "sanitized")
 native.native = lambda: library
@@ -29,4 +31,35 @@ for T, dk, dv, R, channel, erases, adds in itertools.product(
         found = gdr(**x, backend="native", erase_before_decay=early, read_before_update=early, emit=8)
         sum(y.sum() for y in found).backward()
         ran += 1
+
+
+def tensors(*shapes, dtype=torch.float32):
+    return [torch.rand(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def backward(found):
+    sum(y.sum() for y in found if y is not None).backward()
+    return 1
+
+
+for B, T, D, N, dtype in itertools.product((1, 3), (1, 2, 33, 70), (1, 17, 130), (1, 5, 16),
+                                           (torch.float32, torch.float64)):
+    reset = torch.rand(B, T) < 0.2
+    x, dt, A, Bt, C, h = tensors((B, T, D), (B, T, D), (D, N), (B, T, N), (B, T, N), (B, D, N), dtype=dtype)
+    ran += backward(selective_scan(x, dt, -A, Bt, C, h0=h, reset=reset, emit=8, backend="native"))
+    a, b, h = tensors((B, T, D), (B, T, D), (B, D), dtype=dtype)
+    ran += backward([scan(a, b, h, reset, backend="native")])
+    max_plus_scan(a, b, h, reset, backend="native")
+    if N > 1:
+        x, w, bias, past = tensors((B, T, D), (D, N), (D,), (B, N - 1, D), dtype=dtype)
+        ran += backward([short_convolution(x, w, bias, past, reset, "silu", backend="native")])
+    x, y, w, bias = tensors((B, T, D), (B, T, D), (D,), (D,), dtype=dtype)
+    ran += backward([gated(x, y, backend="native"), gated(x, backend="native")])
+    for kind in ("rms", "layer", "l2"):
+        ran += backward([norm(x, kind, w, bias if kind == "layer" else None, y, eps=1e-5, activation="silu",
+                              backend="native")])
+    if D > 1:
+        x, = tensors((B, 2, T, D), dtype=dtype)
+        angles = torch.rand(1, 1, T, D // 2, dtype=dtype)
+        ran += backward([turned(x, angles, angles, interleaved, backend="native") for interleaved in (False, True)])
 print("ran", ran)

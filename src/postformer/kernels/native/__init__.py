@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 SOURCES = Path(__file__).parent
-FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared",
+FLAGS = ("-std=c11", "-O2", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared",
          "-fPIC")
 """Standard C alone would forbid the compiler to fuse a product with a sum."""
 SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
@@ -74,21 +74,27 @@ def build(compiler: str, into: Path, flags: tuple[str, ...] = FLAGS) -> Path:
     if result.exists():
         return result
     into.mkdir(parents=True, exist_ok=True)
-    sources = [str(path) for path in sorted(SOURCES.glob("*.c"))]
     said = ""
     for threads in (("-fopenmp",), ()):
-        with tempfile.NamedTemporaryFile(dir=into, suffix=".so", delete=False) as file:
-            temporary = Path(file.name)
-        command = [compiler, *flags, *threads, "-w", "-o", str(temporary), *sources, "-lm"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            if done.returncode == 0:
-                temporary.replace(result)  # others may build it at the same time: whoever is last wins
+        with tempfile.TemporaryDirectory(dir=into) as scratch:
+            said = _compile([compiler, *flags, *threads, "-w"], Path(scratch))
+            if not said:
+                (Path(scratch) / "all.so").replace(result)  # others may build it too: whoever is last wins
                 return result
-            said = done.stderr.strip()
-        finally:
-            temporary.unlink(missing_ok=True)
     raise RuntimeError(f"{compiler} failed: {said[-400:]}")
+
+
+def _compile(command: list[str], scratch: Path) -> str:
+    """All sources at the same time, then linked into all.so; what a failing compiler said."""
+    objects = {source: str(scratch / f"{source.stem}.o") for source in sorted(SOURCES.glob("*.c"))}
+    running = [subprocess.Popen([*command, "-c", str(source), "-o", object], stderr=subprocess.PIPE, text=True)
+               for source, object in objects.items()]
+    ends = [(process.communicate(timeout=300)[1], process.returncode) for process in running]
+    if all(code == 0 for _, code in ends):
+        linker = [*command, "-o", str(scratch / "all.so"), *objects.values(), "-lm"]
+        done = subprocess.run(linker, capture_output=True, text=True, timeout=300)
+        ends = [(done.stderr, done.returncode)]
+    return "\n".join(said.strip() or "no reason given" for said, code in ends if code)
 
 
 @cache
