@@ -149,6 +149,14 @@ def test_pytorch_operations_are_measured_where_they_are_asked_for(monkeypatch):
     assert found["failures"] == []
 
 
+def test_operators_for_gpus_are_seen_too():
+    with torch.library._scoped_library("postformer", "FRAGMENT") as library:
+        library.define("a_triton_test(Tensor x) -> Tensor")
+        library.impl("a_triton_test", torch.Tensor.clone, "CompositeExplicitAutograd")
+        assert backend.observe(lambda: torch.ops.postformer.a_triton_test(torch.ones(2)), "native")[1] == (
+            "compiled (a_triton_test)")
+
+
 @COMPILED
 def test_a_kernel_that_falls_back_alone_fails():
     with pytest.raises(backend.Fallback, match="none of them ran"):
@@ -159,7 +167,7 @@ def test_a_kernel_that_falls_back_alone_fails():
 def test_wrong_numbers_fail(monkeypatch):
     case = kernels.CASES["scan"]
     wrong = kernels.Case(case.title, case.inputs, case.ours, case.multiply_adds,
-                         {"theirs": lambda x, _: 1.01 * case.ours(x)}, ("theirs",), compiled=False)
+                         {"theirs": lambda x, _: 1.01 * case.ours(x)}, ("theirs",), compiled=())
     monkeypatch.setitem(kernels.CASES, "scan", wrong)
     monkeypatch.setattr(kernels.peers, "backend", lambda _: "a test")
     found = bench.run_bench(bench.configured([*TINY, "kernels.cases=[scan]", "backend=parallel"]), ["kernels"])

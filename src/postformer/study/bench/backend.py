@@ -5,8 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from postformer.kernels import use
 from postformer.kernels.native import native, watched
+
+
+class _Operators(TorchDispatchMode):
+    """Notes our operators for GPUs, which do not pass where compiled code for CPUs is called."""
+
+    def __init__(self, seen: set[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if name.startswith("postformer.") and "triton" in name:
+            self.seen.add(name.split(".")[1])
+        return func(*args, **(kwargs or {}))
 
 
 class Fallback(RuntimeError):
@@ -31,7 +47,7 @@ def observe(work: Callable[[], Any], backend: str, *, compiled: bool = True) -> 
 
     compiled: whether there is compiled code for this, so that "native" must run some. Raises Fallback.
     """
-    with watched() as seen:
+    with watched() as seen, _Operators(seen):
         result = ours(work, backend)()
     if backend == "native" and compiled and not seen:
         why = "none of them ran" if native().library else f"there are none: {native().reason}"

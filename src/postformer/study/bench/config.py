@@ -68,8 +68,8 @@ class BenchConfig(_Data):
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of kernels' inputs; models stay in float32"""
-    backend: Literal["native", "parallel"] | None = None
-    """Of our kernels, which must be what runs; None: "native" on a CPU, "parallel" elsewhere"""
+    backend: Literal["native", "parallel"] = "native"
+    """Of our kernels, which must be what runs: compiled code (the default; Triton's on a GPU) or PyTorch operations"""
     threads: tuple[int | Literal["all"], ...] = (1, "all")
     """Of kernels; the other parts use the last of them"""
     seconds: float = Field(default=1.5, gt=0)
@@ -78,11 +78,6 @@ class BenchConfig(_Data):
     lengths: LengthSizes = LengthSizes()
     training: TrainingSizes = TrainingSizes()
     decoding: DecodingSizes = DecodingSizes()
-
-    @property
-    def expected(self) -> str:
-        """The backend that our kernels must run on."""
-        return self.backend or ("native" if self.device == "cpu" else "parallel")
 
     def counts(self) -> list[int]:
         """Numbers of threads, ascending, each once."""

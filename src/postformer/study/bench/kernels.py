@@ -31,6 +31,7 @@ STATES = 16
 """Of a channel of the selective scan"""
 SHORT = 128
 """Tokens at which transformers' selective scan, a Python loop whose gradients take T^2 memory traffic, is measured"""
+BOTH = ("cpu", "cuda")
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
@@ -47,7 +48,8 @@ class Case:
     multiply_adds: Callable[[KernelSizes], float]
     peers: Mapping[str, Callable[[Inputs, str], Tensor]] = field(default_factory=dict)
     same: tuple[str, ...] = ()
-    compiled: bool = True
+    compiled: tuple[str, ...] = ("cpu",)
+    """Devices for which there is compiled code"""
     length: int | None = None
     """Tokens, where they are not those of the settings"""
 
@@ -174,19 +176,19 @@ CASES: dict[str, Case] = {
         "Gated delta rule, decay per head", lambda n, draw: _delta_inputs(n, draw, ()), _delta, _delta_work,
         {_T: _theirs(_T, f"transformers.models.{_QWEN}.modeling_{_QWEN}", "torch_chunk_gated_delta_rule"),
          peers.FLA: _theirs(peers.FLA, "fla.ops.gated_delta_rule", "chunk_gated_delta_rule"), **_BESIDE},
-        (_T, peers.FLA)),
+        (_T, peers.FLA), BOTH),
     "delta-channel": Case(
         "Gated delta rule, decay per channel", lambda n, draw: _delta_inputs(n, draw, (n.dim,)), _delta, _delta_work,
         {_T: _theirs(_T, f"transformers.models.{_KIMI}.modeling_{_KIMI}", "chunk_kimi_delta_attention"),
-         peers.FLA: _theirs(peers.FLA, "fla.ops.kda", "chunk_kda"), **_BESIDE}, (_T, peers.FLA)),
+         peers.FLA: _theirs(peers.FLA, "fla.ops.kda", "chunk_kda"), **_BESIDE}, (_T, peers.FLA), BOTH),
     "add": Case(
         "Additive writes, decay per head", _add_inputs, _add,
         lambda n: n.batch * n.heads * n.length * n.dim * (2 * CHUNK + 2 * n.dim),
-        {_T: _mamba2, peers.FLA: _simple_gla, **_BESIDE}, (_T, peers.FLA)),
+        {_T: _mamba2, peers.FLA: _simple_gla, **_BESIDE}, (_T, peers.FLA), BOTH),
     "dplr": Case(
         "Diagonal plus low rank (RWKV-7)", _dplr_inputs, _dplr,
         lambda n: n.batch * n.heads * n.length * n.dim * (9 * CHUNK + 4 * n.dim),
-        {peers.FLA: _fla_dplr, **_BESIDE}, (peers.FLA,)),
+        {peers.FLA: _fla_dplr, **_BESIDE}, (peers.FLA,), BOTH),
     "selective": Case("Selective scan", _selective_inputs, _selective, _selective_work),
     "selective-short": Case(f"Selective scan, {SHORT} tokens", _selective_inputs, _selective, _selective_work,
                             {_T: _mamba}, (_T,), length=SHORT),
@@ -239,10 +241,10 @@ def row(case: Case, config: BenchConfig, machine: Machine) -> dict[str, Any]:
     sides: dict[str, dict[str, Any]] = out["sides"]
     try:
         mine = work(lambda: case.ours(inputs))
-        answer, backend = observe(mine, config.expected, compiled=case.compiled)
-        runs: dict[str, Callable[[], Any]] = {"ours": ours(mine, config.expected)}
+        answer, backend = observe(mine, config.backend, compiled=config.device in case.compiled)
+        runs: dict[str, Callable[[], Any]] = {"ours": ours(mine, config.backend)}
         sides["ours"], results = {"backend": backend}, {}
-        if config.expected != "parallel":
+        if config.backend != "parallel":
             results["PyTorch"], sides["PyTorch"] = observe(mine, "parallel")[0], {"backend": "PyTorch operations"}
             runs["PyTorch"] = ours(mine, "parallel")
         for peer, forward in case.peers.items():

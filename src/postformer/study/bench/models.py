@@ -33,6 +33,11 @@ def memories(recipe: Recipe) -> set[str]:
     return {m.kind for m in found} - {"swiglu", "geglu", "mlp", "channel-mix", "moe", "chain", "parallel"}
 
 
+def compiled(recipe: Recipe, config: BenchConfig) -> bool:
+    """Whether there is compiled code for a memory of the recipe on the device."""
+    return bool(memories(recipe) & set(K1_K2 if config.device == "cpu" else K1_K2[:1]))
+
+
 def linear_recipes() -> list[str]:
     """Every shipped recipe whose memories are K1's and K2's."""
     return [name for name in names() if memories(load(name)) <= set(K1_K2)]
@@ -85,13 +90,14 @@ def _by_length(name: str, config: BenchConfig) -> dict[str, Any]:
     model = build(recipe.model, seed=0).to(config.device)
     tokens = random_tokens(1, max(sizes.tokens), config)
     try:
-        _, backend = observe(lambda: _step(model, tokens[:, :min(sizes.tokens)]), config.expected, compiled=linear)
+        _, backend = observe(lambda: _step(model, tokens[:, :min(sizes.tokens)]), config.backend,
+                             compiled=compiled(recipe, config))
     except Fallback as error:
         return out | {"failed": str(error)}
-    sides = {str(n): clocked(ours(lambda n=n: _step(model, tokens[:, :n]), config.expected), config.device)
+    sides = {str(n): clocked(ours(lambda n=n: _step(model, tokens[:, :n]), config.backend), config.device)
              for n in sizes.tokens}
     times = by_turns(sides, sizes.rounds, config.seconds)
-    kept = [kept_bytes(ours(lambda n=n: model(tokens[:, :n]), config.expected), model) for n in sizes.tokens]
+    kept = [kept_bytes(ours(lambda n=n: model(tokens[:, :n]), config.backend), model) for n in sizes.tokens]
     points = [{"tokens": n, **summary(times[str(n)]), "kept_bytes": k} for n, k in zip(sizes.tokens, kept)]
     return out | {"backend": backend, "points": points,
                   "exponent": exponent(sizes.tokens, [p["min"] for p in points]),
@@ -131,10 +137,10 @@ def _trained(name: str, config: BenchConfig, machine: Machine) -> dict[str, Any]
     out: dict[str, Any] = {"recipe": name, "tokens": tokens.numel(), "length": length, "sides": {}}
     mine = _optimised(model, tokens)
     try:
-        _, backend = observe(mine, config.expected, compiled=bool(memories(recipe) & set(K1_K2)))
+        _, backend = observe(mine, config.backend, compiled=compiled(recipe, config))
     except Fallback as error:
         return out | {"failed": str(error)}
-    runs, out["sides"]["ours"] = {"ours": ours(mine, config.expected)}, {"backend": backend, "params": count(model)}
+    runs, out["sides"]["ours"] = {"ours": ours(mine, config.backend)}, {"backend": backend, "params": count(model)}
     try:
         other = peers.model(name, sizes.width, sizes.layers).to(config.device).train()
         runs[peers.TRANSFORMERS] = _optimised(other, tokens, use_cache=False)
