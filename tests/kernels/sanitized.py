@@ -16,7 +16,7 @@ native.native = lambda: library
 torch.set_num_threads(1)
 ran = 0
 for T, dk, dv, R, channel, erases, adds in itertools.product(
-        (1, 5, 40), (3, 16, 33), (1, 20), (1, 2, 3), (False, True), (False, True), (False, True)):
+        (1, 40), (3, 33), (20,), (1, 3), (False, True), (False, True), (False, True)):
     if not erases and not adds:
         continue
     for early in (False, True):
@@ -42,7 +42,7 @@ def backward(found):
     return 1
 
 
-for B, T, D, N, dtype in itertools.product((1, 3), (1, 2, 33, 70), (1, 17, 130), (1, 5, 16),
+for B, T, D, N, dtype in itertools.product((2,), (1, 2, 35), (1, 17, 130), (1, 5),
                                            (torch.float32, torch.float64)):
     reset = torch.rand(B, T) < 0.2
     x, dt, A, Bt, C, h = tensors((B, T, D), (B, T, D), (D, N), (B, T, N), (B, T, N), (B, D, N), dtype=dtype)
