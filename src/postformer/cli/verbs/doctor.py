@@ -52,8 +52,8 @@ def doctor(json: Json = False) -> None:
     built = native()
     about["native"] = {"library": built.library is not None, "reason": built.reason}
     how = "compiled" if built.library else "in PyTorch operations"
-    print(f"  gdr: chunks, {how} on a CPU, in PyTorch operations elsewhere (token by token below 4 tokens)")
-    print("  scan, selective_scan: in blocks, in PyTorch operations")
+    print(f"  gdr, scan, selective_scan, short convolution, norms, gates: {how} on a CPU")
+    print("  gdr, selective_scan on a GPU: Triton where it is installed and agrees with PyTorch there")
     print("  attention: scaled_dot_product_attention of PyTorch; sequential: token by token (no other form exists)")
     print(f"  compiled kernels: {'' if built.library else 'none, '}{built.reason}")
     print(f"\ncorpora are cached in {about['cache']} (POSTFORMER_CACHE changes it)")
