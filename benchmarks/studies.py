@@ -1,13 +1,14 @@
-"""What the sprint found: docs/sprint.md from the ledger in sprint.jsonl.
+"""What the published studies found: docs/sprint.md and docs/recall.md, from their ledgers beside this file.
 
     postformer gauntlet DESIGNS --tier sprint --out runs/sprint    # then copy runs/sprint/ledger.jsonl to sprint.jsonl
-    python benchmarks/sprint_table.py [--out runs/sprint-page]     # reads it, trains nothing, writes the pages
+    python benchmarks/studies.py sprint [--out runs/sprint-page]   # reads it, trains nothing, writes the pages
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,31 @@ from postformer.study.asking import ask
 from postformer.study.gauntlet import run_gauntlet
 
 HERE = Path(__file__).resolve().parent
-LEDGER, PAGE = HERE / "sprint.jsonl", HERE.parent / "docs" / "sprint.md"
-DESIGNS = ("transformer", "mamba2", "gated-deltanet", "deltaproduct", "rwkv7", "griffin", "one-step=deltanet-negative",
-           "two-steps-01=deltaproduct@model.mixers.memory.update.rate=sigmoid")
-COMMAND = f"postformer gauntlet {' '.join(DESIGNS)} --tier sprint --claims"
 
 
-def study(out: Path) -> dict[str, Any]:
-    """The result of the ledger; ValueError if it lacks a trial."""
-    def refuse(line: str) -> None:
-        raise ValueError(f"the ledger lacks a trial of the sprint, which was run: {line}")
+@dataclass(frozen=True)
+class Published:
+    """A study whose ledger is kept, and the page that tells of it."""
 
-    found = run_gauntlet(ask(DESIGNS, "sprint", command=COMMAND), out, merge=LEDGER.read_text(encoding="utf-8"),
-                         costs=False, progress=refuse)
-    render(out)
-    return found
+    tier: str
+    designs: tuple[str, ...]
+    text: str
+    """With {command} and {sections}"""
+
+    @property
+    def command(self) -> str:
+        return f"postformer gauntlet {' '.join(self.designs)} --tier {self.tier} --claims"
+
+    def result(self, out: Path) -> dict[str, Any]:
+        """The result of the ledger; ValueError if it lacks a trial."""
+        def refuse(line: str) -> None:
+            raise ValueError(f"the ledger lacks a trial of this study, which was run: {line}")
+
+        ledger = (HERE / f"{self.tier}.jsonl").read_text(encoding="utf-8")
+        found = run_gauntlet(ask(self.designs, self.tier, command=self.command), out, merge=ledger, costs=False,
+                             progress=refuse)
+        render(out)
+        return found
 
 
 def table(found: dict[str, Any], task: dict[str, Any]) -> str:
@@ -55,24 +66,7 @@ def table(found: dict[str, Any], task: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/sprint-page"))
-    found = study(parser.parse_args().out)
-    sections = []
-    for task in found["tasks"]:
-        guess = min(s["chance"] for s in task["settings"])
-        metric = task["metric"].replace("_", " ").capitalize()
-        sections.append(
-            f"## {task['key']}\n\n{task['about']} {metric}, mean of three seeds (least to greatest); chance "
-            f"{guess:.3g}; "
-            f"{task['tokens']:,} tokens at most, {task['layers']} layer{'s' * (task['layers'] > 1)}, width "
-            f"{task['width']}.\n\n{table(found, task)}\n")
-    PAGE.write_text(TEXT.format(command=COMMAND, sections="\n".join(sections)), encoding="utf-8")
-    print(PAGE)
-
-
-TEXT = """# What the sprint found
+SPRINT = """# What the sprint found
 
 ```
 {command}
@@ -83,7 +77,7 @@ validation chose, the test split was read once. `one-step` is DeltaNet with rate
 DeltaProduct with rates in (0, 1). Griffin and RWKV-7 have two kinds of layer and so two layers where the others have
 one. Matched in width, depth and tokens only: parameters and bytes of state stand beside the scores. Models of this
 size say what an architecture learns quickly, not what it can do at a billion parameters. The ledger is
-`benchmarks/sprint.jsonl`; `python benchmarks/sprint_table.py` makes this page and the full report from it.
+`benchmarks/sprint.jsonl`; `python benchmarks/studies.py sprint` makes this page and the full report from it.
 
 {sections}
 ## What it shows
@@ -103,6 +97,53 @@ size say what an architecture learns quickly, not what it can do at a billion pa
 - **What to doubt**: 26 of the 32 chosen rates are the least or the greatest of the three tried, so some designs may do
   better at a rate outside; four tasks at one size, and no matching of parameters or state.
 """
+
+RECALL = """# How many pairs a state of 17 kB recalls
+
+```
+{command}
+```
+
+Multi-query associative recall with 512 tokens, trained on 2 to 32 pairs, tested on up to 64. Two layers of width 64;
+every memory of fixed size has about 17 kB in two layers (the figures below add what short convolutions keep), the
+Transformer keeps all of its keys and values. Three learning rates on a quarter of the budget, and further where the
+best lies at an end; three seeds at the best; validation chose, the test split was read once. The ledger is
+`benchmarks/recall.jsonl`; `python benchmarks/studies.py recall` makes this page and the full report from it.
+
+{sections}
+"""
+
+STUDIES = {
+    "sprint": Published(
+        "sprint", ("transformer", "mamba2", "gated-deltanet", "deltaproduct", "rwkv7", "griffin",
+                   "one-step=deltanet-negative",
+                   "two-steps-01=deltaproduct@model.mixers.memory.update.rate=sigmoid"), SPRINT),
+    "recall": Published(
+        "recall", ("transformer", "sliding-window=sliding-window@model.mixers.attention.window=32", "gated-deltanet",
+                   "mamba2=mamba2@model.mixers.mamba.heads.dim_key=16"), RECALL),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=list(STUDIES))
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    study = STUDIES[asked.study]
+    found = study.result(asked.out or Path("runs") / f"{asked.study}-page")
+    sections = []
+    for task in found["tasks"]:
+        guess = min(s["chance"] for s in task["settings"])
+        metric = task["metric"].replace("_", " ").capitalize()
+        sections.append(
+            f"## {task['key']}\n\n{task['about']} {metric}, mean of three seeds (least to greatest); chance "
+            f"{guess:.3g}; "
+            f"{task['tokens']:,} tokens at most, {task['layers']} layer{'s' * (task['layers'] > 1)}, width "
+            f"{task['width']}.\n\n{table(found, task)}\n")
+    page = HERE.parent / "docs" / f"{asked.study}.md"
+    page.write_text(study.text.format(command=study.command, sections="\n".join(sections)), encoding="utf-8")
+    print(page)
+
 
 if __name__ == "__main__":
     main()
