@@ -40,10 +40,8 @@ class Native:
 
 
 def folder() -> Path:
-    """Where built libraries are kept: $POSTFORMER_CACHE, or else the user's cache folder."""
-    if set_by_user := os.environ.get("POSTFORMER_CACHE"):
-        return Path(set_by_user)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "postformer"
+    """Where built libraries are kept: in the user's cache folder, wherever corpora are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "postformer" / "native"
 
 
 def _processor() -> str:
