@@ -104,7 +104,7 @@ RECALL = """# How many pairs a state of 17 kB recalls
 {command}
 ```
 
-Multi-query associative recall with 512 tokens, trained on 2 to 32 pairs, tested on up to 64. Two layers of width 64;
+Multi-query associative recall with 512 tokens, trained on 2 to 64 pairs. Two layers of width 64;
 every memory of fixed size has about 17 kB in two layers (the figures below add what short convolutions keep), the
 Transformer keeps all of its keys and values. Three learning rates on a quarter of the budget, and further where the
 best lies at an end; three seeds at the best; validation chose, the test split was read once. The ledger is
