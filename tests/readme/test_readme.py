@@ -45,8 +45,8 @@ def test_five_lines_of_python(here):
 def test_verbs(here):
     commands = re.findall(r"^\| `(postformer [^`]+)` \|", README, re.M)
     assert {c.split()[1] for c in commands} == {
-        "demo", "list", "explain", "verify", "train", "generate", "gauntlet", "report", "doctor"}
-    order = ("list", "explain", "verify", "train", "generate", "gauntlet", "report", "doctor")
+        "demo", "list", "explain", "verify", "train", "generate", "gauntlet", "bench", "report", "doctor"}
+    order = ("list", "explain", "verify", "train", "generate", "gauntlet", "report", "doctor")  # bench: tests/cli
     for verb in order:
         command = next(c for c in commands if c.split()[1] == verb)
         command = command.replace("500k", "30k").replace("RUN...", "runs/mamba2-stdlib")

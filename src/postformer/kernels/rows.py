@@ -75,6 +75,11 @@ def _four(x: Tensor | None, grouped: bool = False) -> Any:
     return rows(x)
 
 
+def _result(x: Tensor) -> Tensor:
+    """Memory for what a function of x returns, in a layout that `_four` takes; no view: it may be overwritten."""
+    return torch.empty_like(x) if x.ndim <= 4 and x.stride(-1) == 1 else x.new_empty(x.shape)
+
+
 def _strides(*tensors: Tensor | None) -> list[int]:
     return [n for x in tensors for n in ((0, 0, 0) if x is None else x.stride()[:3])]
 
@@ -111,10 +116,10 @@ def _gated_form(x: Tensor, by: Tensor | None, activation: str) -> Tensor:
 
 
 def _gated(x: Tensor, by: Tensor | None, activation: str) -> Tensor:
-    x4, m = _four(x), _four(by)
-    y = torch.empty_like(x4)
-    call("gated_forward", x.dtype, [*x4.shape, KINDS[activation]], _pointers(x4, m, y), _strides(x4, m, y))
-    return y.reshape(x.shape)
+    x4, m, y = _four(x), _four(by), _result(x)
+    y4 = _four(y)
+    call("gated_forward", x.dtype, [*x4.shape, KINDS[activation]], _pointers(x4, m, y4), _strides(x4, m, y4))
+    return y
 
 
 class _Gated(torch.autograd.Function):
@@ -208,9 +213,10 @@ def _grouped(p: Tensor | None) -> bool:
 def _norm(x, weight, bias, gate, options: Options) -> Tensor:
     own = _grouped(weight) or _grouped(bias)
     x4, m, w, b = _four(x, own), _four(gate, own), _dense(weight), _dense(bias)
-    y = torch.empty_like(x4)
-    call("norm_forward", x.dtype, _norm_sizes(x4, m, own, options), _pointers(x4, w, b, m, y), _strides(x4, m, y))
-    return y.reshape(x.shape)
+    y = _result(x)
+    y4 = _four(y, own)
+    call("norm_forward", x.dtype, _norm_sizes(x4, m, own, options), _pointers(x4, w, b, m, y4), _strides(x4, m, y4))
+    return y
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
