@@ -333,6 +333,9 @@ def test_a_run_ends_when_its_task_is_solved(tmp_path):
     assert (solved.status, solved.reason, solved.step) == ("finished", "solved", 5)
     assert solved.validation["reached"] == min(solved.validation[f"{s}/token_accuracy"] for s in ("8x1", "12x2"))
     assert resume(tmp_path / "a") == solved
+    (tmp_path / "a" / "result.json").unlink()  # as if killed between its last checkpoint and its result
+    again = resume(tmp_path / "a")
+    assert (again.reason, again.step, again.validation) == ("solved", 5, solved.validation)
     never = train_task(recipe(vocab=8), "mqar", None, config(steps=10, evaluate_every=5, until=1.1),
                        tmp_path / "b", options=options, progress="quiet")
     assert (never.reason, never.step) == (None, 10)

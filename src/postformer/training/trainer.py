@@ -55,6 +55,8 @@ class Position:
     """Seconds of training, evaluation and saving included, over all sessions."""
     validation: dict[str, float] = field(default_factory=dict)
     """The newest evaluation."""
+    solved: bool = False
+    """Whether the run ended because validation was good enough: resumed, it does not go on."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ class Trainer:
         except KeyError as error:
             raise CheckpointError(f"{path / checkpoint.TRAIN} does not fit this model: {error.args[0]}.",
                                   "Resume with the design and the optimiser the run was started with.") from error
-        self.position = Position(**{name: state[name] for name in ("step", "tokens", "elapsed", "validation")})
+        self.position = Position(**{name: state[name] for name in ("step", "tokens", "elapsed", "validation")},
+                                 solved=state.get("solved", False))
         return True
 
     def train(self) -> Outcome:
@@ -141,14 +144,14 @@ class Trainer:
             progress.note(note)
         speeds = self.speeds = self.metrics.speeds if self.metrics else []
         saved, saved_at = self.position.step or None, began
-        stopped = "finished"
+        stopped = "solved" if self.position.solved else "finished"
         threads = torch.get_num_threads()
         if config.threads:
             torch.set_num_threads(config.threads)
         reset_peak(self.device)
         try:
             with self._signals(), torch.random.fork_rng(devices=_gpus(self.device)):
-                while self.position.step < self.steps:
+                while self.position.step < self.steps and not self.position.solved:
                     before = time.monotonic()
                     line = self.advance(self.position.step)
                     now = time.monotonic()
@@ -159,7 +162,7 @@ class Trainer:
                     if self.evaluate and (last or _due(step, config.evaluate_every)):
                         self.position.validation = self._evaluate(last)
                         if not last and self._solved():
-                            last, stopped = True, "solved"
+                            last, stopped, self.position.solved = True, "solved", True
                             self.position.validation = self._evaluate(True)
                         line |= {f"validation_{name}": value for name, value in self.position.validation.items()}
                     self.position.elapsed = offset + time.monotonic() - began
@@ -210,7 +213,7 @@ class Trainer:
             checkpoint.save(
                 self.checkpoints, position.step, self.model, self.optimisers.state(),
                 {"tokens": position.tokens, "elapsed": position.elapsed, "validation": position.validation,
-                 "identity": self.identity}, self.metadata,
+                 "solved": position.solved, "identity": self.identity}, self.metadata,
             )
 
     def advance(self, step: int) -> dict[str, Any]:
