@@ -9,7 +9,7 @@ from postformer.training import evaluate_task, load_run, train_task
 
 ENTRIES = {f"{name}-{key}": entry for name in TIERS for key, entry in tier(name).items()}
 CLAIMED = {key: entry for key, entry in ENTRIES.items() if entry.learned and not key.startswith(("paper", "recall"))}
-"""Those that take seconds or a minute; of recall, docs/recall.md has the results"""
+"""Those that take seconds or a minute"""
 
 
 @pytest.mark.parametrize("name", CLAIMED)
