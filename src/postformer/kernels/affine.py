@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from .affine_plan import Group, Plan, flat, smooth
 from .sequential import _partly, _restart
+from .settings import recorded
 
 Tree = Any
 Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
@@ -360,7 +361,7 @@ def in_blocks(
     if not gap <= 1:
         return None, gap
     given = [*leaves, *(begin or ()), *parameters]
-    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, write, *given)):
+    if recorded(x, write, *given):
         counts = (len(leaves), len(begin or ()), len(parameters))
         y, *outs = _Backward.apply(call, ran, (starts, transitions), reset, counts, x, write, *given)  # type: ignore[misc]
     else:

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .native import call, pointer, rows
-from .rows import ACTIVATIONS, BLOCKS, KINDS, again, compiled, recorded
+from .native import call, pointers, rows, strides
+from .rows import ACTIVATIONS, BLOCKS, KINDS, again, compiled
+from .settings import recorded
 
 MOST_TAPS = 64
 """Of compiled code (native/conv.h)"""
@@ -87,17 +88,13 @@ def _taps(weight: Tensor) -> Tensor:
     return weight.detach().view(-1, *weight.shape[-2:]).flip(-1).mT.contiguous()
 
 
-def _strides(*tensors: Tensor | None) -> list[int]:
-    return [n for x in tensors for n in ((0, 0) if x is None else x.stride()[:2])]
-
-
 def _run(x, past, weight, bias, reset, activation: str) -> tuple[Tensor, ...]:
     x, past, taps = rows(x), rows(past), _taps(weight)
     bias, reset = (None if p is None else p.contiguous() for p in (bias, reset))
     sizes, out = [*x.shape, weight.shape[-1], KINDS[activation]], []
     for w in taps:
         y = x.new_empty(x.shape)
-        call("conv_forward", x.dtype, sizes, [pointer(p) for p in (x, past, w, bias, reset, y)], _strides(x, past, y))
+        call("conv_forward", x.dtype, sizes, pointers(x, past, w, bias, reset, y), strides(2, x, past, y))
         out.append(y)
     return tuple(out)
 
@@ -135,7 +132,7 @@ class _Convolution(torch.autograd.Function):
                 continue
             g = rows(g)
             call("conv_backward", x.dtype, [*sizes, not first],
-                 [pointer(p) for p in (x, past, taps[i], bias, reset, g, gx, gpast, gw[i], gb, parts)],
-                 _strides(x, past, g, gx))
+                 pointers(x, past, taps[i], bias, reset, g, gx, gpast, gw[i], gb, parts),
+                 strides(2, x, past, g, gx))
             first = False
         return gx, gpast, gw.mT.flip(-1).view(weight.shape), gb, None, None

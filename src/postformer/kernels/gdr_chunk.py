@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .gdr_channel import ChannelChunks
 from .gdr_head import HeadChunks
+from .settings import recorded
 
 RESET = -1e4
 """A log-decay whose exponential is exactly zero in fp32 and fp64, and which can still be added to others."""
@@ -67,7 +68,7 @@ def gdr_chunked(
     pad, flags = (-T) % C, (R, erase_before_decay, read_before_update)
     if compiled is not None:
         inputs = (q, g, w, e, u, k_add, v_add, state)
-        keep = emits or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs))
+        keep = emits or recorded(*inputs)
         return compiled(*inputs, C, *flags, keep)[:3]
     if pad:  # with identity tokens
         q, g = F.pad(q, (0, 0, 0, pad)), None if g is None else F.pad(g, (0, 0, 0, pad))

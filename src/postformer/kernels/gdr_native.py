@@ -7,14 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .native import call, pointer, rows
+from .native import call, pointers, rows, strides
 
 Maybe = Tensor | None
-
-
-def _strides(*tensors: Maybe) -> list[int]:
-    """Of batch, head and token."""
-    return [n for x in tensors for n in ((0, 0, 0) if x is None else x.stride()[:3])]
 
 
 def _sizes(q: Tensor, g: Maybe, w: Maybe, k: Maybe, dv: int, C: int, R: int, early_erase: bool, early_read: bool,
@@ -46,8 +41,8 @@ def gdr_chunks(q: Tensor, g: Maybe, w: Maybe, e: Maybe, u: Maybe, k: Maybe, v: M
     q, g, w, e, u, k, v = map(rows, (q, g, w, e, u, k, v))
     start = start.contiguous()
     written = delta if delta.numel() else None
-    call("gdr_forward", q.dtype, sizes, [pointer(x) for x in (q, g, w, e, u, k, v, start, o, last, S, written)],
-         _strides(q, g, w, e, u, k, v, o))
+    call("gdr_forward", q.dtype, sizes, pointers(q, g, w, e, u, k, v, start, o, last, S, written),
+         strides(3, q, g, w, e, u, k, v, o))
     return found
 
 
@@ -69,8 +64,8 @@ def gdr_chunks_backward(
     grad_o = rows(q.new_zeros(()).expand(*q.shape[:3], S.shape[-1]) if grad_o is None else grad_o)
     last, states = (None if x is None else x.contiguous() for x in (grad_last, grad_S))
     call("gdr_backward", q.dtype, sizes,
-         [pointer(x) for x in (q, g, w, e, u, k, v, S, delta, grad_o, last, states, *found, start)],
-         _strides(q, g, w, e, u, k, v, grad_o, *found))
+         pointers(q, g, w, e, u, k, v, S, delta, grad_o, last, states, *found, start),
+         strides(3, q, g, w, e, u, k, v, grad_o, *found))
     return [*(x for x in found if x is not None), start]
 
 

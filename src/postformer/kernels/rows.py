@@ -19,7 +19,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from . import settings
-from .native import call, pointer, rows
+from .native import call, pointers, rows, strides
+from .settings import recorded
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -50,11 +51,6 @@ def compiled(backend: str, kernel: str, activation: str, *tensors: Tensor | None
     return fits and first.numel() > 0 and _eager() and settings.native(settings.choose(backend), first, kernel)
 
 
-def recorded(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for a gradient of what is computed from these."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
 def again(form: Callable[..., Any], inputs: Sequence[Tensor | None], grads: Any) -> list[Tensor | None]:
     """The gradients of form(*inputs), by PyTorch operations, so that they have gradients themselves."""
     with torch.enable_grad():
@@ -78,14 +74,6 @@ def _four(x: Tensor | None, grouped: bool = False) -> Any:
 def _result(x: Tensor) -> Tensor:
     """Memory for what a function of x returns, in a layout that `_four` takes; no view: it may be overwritten."""
     return torch.empty_like(x) if x.ndim <= 4 and x.stride(-1) == 1 else x.new_empty(x.shape)
-
-
-def _strides(*tensors: Tensor | None) -> list[int]:
-    return [n for x in tensors for n in ((0, 0, 0) if x is None else x.stride()[:3])]
-
-
-def _pointers(*tensors: Tensor | None) -> list[int]:
-    return [pointer(x) for x in tensors]
 
 
 @lru_cache(256)
@@ -118,7 +106,7 @@ def _gated_form(x: Tensor, by: Tensor | None, activation: str) -> Tensor:
 def _gated(x: Tensor, by: Tensor | None, activation: str) -> Tensor:
     x4, m, y = _four(x), _four(by), _result(x)
     y4 = _four(y)
-    call("gated_forward", x.dtype, [*x4.shape, KINDS[activation]], _pointers(x4, m, y4), _strides(x4, m, y4))
+    call("gated_forward", x.dtype, [*x4.shape, KINDS[activation]], pointers(x4, m, y4), strides(3, x4, m, y4))
     return y
 
 
@@ -136,8 +124,8 @@ class _Gated(torch.autograd.Function):
             return *again(lambda x, by: _gated_form(x, by, ctx.activation), (x, by), grads), None
         x4, m, g = _four(x), _four(by), _four(grads[0])
         gx, gm = torch.empty_like(x4), None if m is None else torch.empty_like(m)
-        call("gated_backward", x.dtype, [*x4.shape, KINDS[ctx.activation]], _pointers(x4, m, g, gx, gm),
-             _strides(x4, m, g, gx, gm))
+        call("gated_backward", x.dtype, [*x4.shape, KINDS[ctx.activation]], pointers(x4, m, g, gx, gm),
+             strides(3, x4, m, g, gx, gm))
         return gx.reshape(x.shape), None if gm is None else gm.reshape(x.shape), None
 
 
@@ -215,7 +203,7 @@ def _norm(x, weight, bias, gate, options: Options) -> Tensor:
     x4, m, w, b = _four(x, own), _four(gate, own), _dense(weight), _dense(bias)
     y = _result(x)
     y4 = _four(y, own)
-    call("norm_forward", x.dtype, _norm_sizes(x4, m, own, options), _pointers(x4, w, b, m, y4), _strides(x4, m, y4))
+    call("norm_forward", x.dtype, _norm_sizes(x4, m, own, options), pointers(x4, w, b, m, y4), strides(3, x4, m, y4))
     return y
 
 
@@ -245,7 +233,7 @@ class _Norm(torch.autograd.Function):
         p = w if w is not None else b
         parts = None if p is None else x.new_empty(BLOCKS, 2, p.numel())
         call("norm_backward", x.dtype, _norm_sizes(x4, m, own, ctx.options),
-             _pointers(x4, w, b, m, g, gx, gw, gb, gm, parts), _strides(x4, m, g, gx, gm))
+             pointers(x4, w, b, m, g, gx, gw, gb, gm, parts), strides(3, x4, m, g, gx, gm))
         return gx.reshape(x.shape), gw, gb, None if gm is None else gm.reshape(x.shape), None
 
 
@@ -301,8 +289,8 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) 
     x = _four(x)
     cos, sin = (rows(p).expand(*x.shape[:3], -1) for p in (cos, sin))  # type: ignore[union-attr]
     y = torch.empty_like(x)
-    call("turned", x.dtype, [*x.shape, cos.shape[-1], interleaved, back], _pointers(x, cos, sin, y),
-         _strides(x, cos, sin, y))
+    call("turned", x.dtype, [*x.shape, cos.shape[-1], interleaved, back], pointers(x, cos, sin, y),
+         strides(3, x, cos, sin, y))
     return y
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .native import call, pointer, rows
+from .native import call, pointers, rows, strides
 
 BLOCK = 32
 """Tokens between two states that are kept for the backward pass of the selective scan."""
@@ -23,11 +23,6 @@ def _blocks(T: int, emit: int | None) -> ctypes.Array:
     """The first token of each block, then T: blocks end where a state is emitted."""
     starts = {*range(0, T, BLOCK), *(() if emit is None else range(0, T, emit))}
     return (ctypes.c_int64 * (len(starts) + 1))(*sorted(starts), T)
-
-
-def _strides(*tensors: Tensor | None) -> list[int]:
-    """Of batch and token."""
-    return [n for x in tensors for n in ((0, 0) if x is None else x.stride()[:2])]
 
 
 class NativeSelectiveScan(torch.autograd.Function):
@@ -44,9 +39,9 @@ class NativeSelectiveScan(torch.autograd.Function):
         emitted = None if emit is None else x.new_empty(batch, marks, D, N)
         kept = x.new_empty(len(blocks) - 1, batch, D, N) if keep else None
         call("selective_forward", x.dtype, sizes,
-             [*map(pointer, (x, dt, B, C, reset)), ctypes.addressof(blocks),
-              *map(pointer, (A, h0, y, h, emitted, kept))],
-             _strides(x, dt, B, C, reset, y))
+             [*pointers(x, dt, B, C, reset), ctypes.addressof(blocks),
+              *pointers(A, h0, y, h, emitted, kept)],
+             strides(2, x, dt, B, C, reset, y))
         if keep:
             ctx.save_for_backward(x, dt, A, B, C, reset, kept)
             ctx.sizes, ctx.blocks, ctx.started = sizes, blocks, h0 is not None
@@ -63,9 +58,9 @@ class NativeSelectiveScan(torch.autograd.Function):
         grad_B, grad_C = (x.new_empty(-(-x.shape[2] // GROUP), *B.shape) for _ in range(2))
         grad_A, grad_h0 = (x.new_empty(x.shape[0], *A.shape) for _ in range(2))
         call("selective_backward", x.dtype, ctx.sizes,
-             [*map(pointer, (x, dt, B, C, reset)), ctypes.addressof(ctx.blocks),
-              *map(pointer, (A, kept, grad_y, grad_h, grad_emitted, grad_x, grad_dt, grad_B, grad_C, grad_A, grad_h0))],
-             _strides(x, dt, B, C, reset, grad_y, grad_x, grad_dt))
+             [*pointers(x, dt, B, C, reset), ctypes.addressof(ctx.blocks),
+              *pointers(A, kept, grad_y, grad_h, grad_emitted, grad_x, grad_dt, grad_B, grad_C, grad_A, grad_h0)],
+             strides(2, x, dt, B, C, reset, grad_y, grad_x, grad_dt))
         return (grad_x, grad_dt, grad_A.sum(0), grad_B.sum(0), grad_C.sum(0), grad_h0 if ctx.started else None,
                 None, None, None)
 
@@ -84,8 +79,8 @@ def scan_forward(a: Tensor, b: Tensor, h0: Tensor, reset: Tensor | None, max_plu
     """h [B, T, ...] of the linear recurrence, or of its max-plus sister."""
     a, b, h0 = _flat(a), _flat(b), h0.contiguous()
     h = b.new_empty(b.shape)
-    call("scan_forward", b.dtype, [*b.shape, max_plus], [pointer(x) for x in (a, b, h0, reset, h)],
-         [*_all_strides(a), *_all_strides(b), *_strides(reset)])
+    call("scan_forward", b.dtype, [*b.shape, max_plus], pointers(a, b, h0, reset, h),
+         [*_all_strides(a), *_all_strides(b), *strides(2, reset)])
     return h
 
 
@@ -106,6 +101,6 @@ class NativeScan(torch.autograd.Function):
         grad_a = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         grad_b, grad_h0 = torch.empty_like(h), torch.empty_like(start)
         call("scan_backward", h.dtype, list(h.shape),
-             [pointer(x) for x in (flat, start, reset, h, g, grad_a, grad_b, grad_h0)],
-             [*_all_strides(flat), *_all_strides(g), *_strides(reset)])
+             pointers(flat, start, reset, h, g, grad_a, grad_b, grad_h0),
+             [*_all_strides(flat), *_all_strides(g), *strides(2, reset)])
         return None if grad_a is None else grad_a.view(a.shape), grad_b.view(a.shape), grad_h0, None

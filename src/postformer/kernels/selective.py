@@ -244,7 +244,7 @@ def selective_scan(
         if on_gpu:
             y, h = gpu.selective_triton(x, dt, A, B, C, A.new_zeros(held) if h is None else h, reset)
         elif settings.native(backend, x, "selective_scan"):
-            keep = torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x, dt, A, B, C, h))
+            keep = settings.recorded(x, dt, A, B, C, h)
             y, h, emitted = NativeSelectiveScan.apply(x, dt, A, B, C, h, reset, emit, keep)
         elif backend == "reference" or (backend == "auto" and x.shape[1] <= 2):
             y, h, emitted = _reference(x, dt, A, B, C, x.new_zeros(held) if h is None else h, reset, emit)

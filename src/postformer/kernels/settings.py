@@ -69,6 +69,11 @@ def use(*, backend: str | None = None, decay_scale: float | None = None,
         _current.reset(token)
 
 
+def recorded(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for a gradient of what is computed from these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def check_backend(backend: str) -> None:
     """Raise ValueError for a backend that no kernel has."""
     if backend not in BACKENDS:

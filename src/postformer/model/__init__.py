@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from postformer.design.grammar import Model
-from postformer.model.language import LanguageModel, LMOutput, LMState
+from postformer.model.language import LanguageModel, LMOutput, LMState, evaluating
 
-__all__ = ["LMOutput", "LMState", "LanguageModel", "build"]
+__all__ = ["LMOutput", "LMState", "LanguageModel", "build", "evaluating"]
 
 
 def build(design: Model, seed: int = 0) -> LanguageModel:

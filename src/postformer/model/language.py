@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,17 @@ from postformer.layers.norm import make_norm
 from postformer.layers.rotary import sinusoidal
 from postformer.model.site import Ledger, Role
 from postformer.model.stack import Stack
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode inside a `with` block, and in its own after it."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 class LMState(NamedTuple):

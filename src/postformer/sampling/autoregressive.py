@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from postformer.contract import state as states
 from postformer.contract.context import Context
+from postformer.model import evaluating
 from postformer.sampling.policy import Policy, seen_in
 from postformer.sampling.prefix import Prefix, check_prompt
 from postformer.sampling.stepper import Stepper
@@ -127,12 +128,8 @@ class _Run:
 
     @torch.inference_mode()
     def pieces(self) -> Iterator[Piece]:
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             yield from self._pieces()
-        finally:
-            self.model.train(training)
 
     def _read(self) -> Tensor:
         """Whatever stands before the first new token -> logits [B, V] after it."""

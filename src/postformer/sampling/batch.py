@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from postformer.contract import state as states
+from postformer.model import evaluating
 from postformer.sampling.policy import Policy, seen_in
 from postformer.sampling.prefix import Prefix, check_prompt, prefill
 from postformer.sampling.stepper import Stepper
@@ -103,13 +104,9 @@ class Batch:
     def step(self) -> list[Row]:
         """One token for every row at work, after those that wait have joined as far as there are places; the rows that
         got one."""
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             self._join()
             return self._advance()
-        finally:
-            self.model.train(training)
 
     def _join(self) -> None:
         working = sum(row is not None for row in self._rows)

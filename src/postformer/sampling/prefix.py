@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from postformer.contract import state as states
 from postformer.contract.context import Context
+from postformer.model import evaluating
 
 
 class Prefix(NamedTuple):
@@ -75,17 +76,13 @@ def prefill(model: nn.Module, prompt: Tensor, valid: Tensor | None = None) -> Pr
     Raises ValueError for an empty prompt, or one that is not padded on the left.
     """
     check_prompt(prompt, valid)
-    training = model.training
-    model.eval()
-    try:
-        there = torch.ones_like(prompt, dtype=torch.bool) if valid is None else valid
-        if prompt.shape[1] == 1:
-            return Prefix(prompt, there, model.initial(len(prompt)))  # type: ignore[operator]
-        none = torch.zeros_like(prompt[:, :-1], dtype=torch.bool)
-        ctx = Context(valid=None if valid is None else valid[:, :-1], consume=True)
+    there = torch.ones_like(prompt, dtype=torch.bool) if valid is None else valid
+    if prompt.shape[1] == 1:
+        return Prefix(prompt, there, model.initial(len(prompt)))  # type: ignore[operator]
+    none = torch.zeros_like(prompt[:, :-1], dtype=torch.bool)
+    ctx = Context(valid=None if valid is None else valid[:, :-1], consume=True)
+    with evaluating(model):
         return Prefix(prompt, there, model(prompt[:, :-1], None, ctx, select=none).state)
-    finally:
-        model.train(training)
 
 
 def check_prompt(prompt: Tensor, valid: Tensor | None) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from postformer.data import Batches
+from postformer.model import evaluating
 from postformer.objective import Batch, NextToken
 from postformer.task import Setting, Task, seeded, setting_name
 
@@ -26,14 +27,11 @@ def evaluate_split(
     windows = source.sequential() if batches is None else ((source.at(i), 0) for i in range(batches))
     objective, device = NextToken(), next(model.parameters()).device
     total, count = 0.0, 0
-    training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for tokens, _ in windows:
             _, metrics = objective.loss(model, Batch.windows(tokens).to(device))
             total += float(metrics["loss"]) * metrics["tokens"]
             count += metrics["tokens"]
-    model.train(training)
     return {"loss": total / count, "bits_per_byte": total / count / math.log(2), "bytes": count}
 
 
@@ -46,9 +44,7 @@ def evaluate_task(
     Batch i of a setting depends on (seed, stream, setting, i): other streams ("test") are other problems.
     """
     device, found, problems = next(model.parameters()).device, {}, task.on(stream)
-    training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for setting in settings:
             sums: dict[str, float] = {}
             for i in range(batches):
@@ -57,5 +53,4 @@ def evaluate_task(
                 for name, value in task.measure(logits, batch).items():
                     sums[name] = sums.get(name, 0.0) + value / batches
             found[setting_name(setting)] = sums
-    model.train(training)
     return found

@@ -1,7 +1,7 @@
 """Compiled kernels for CPUs: C sources of this folder, built by the system's compiler at first use, called by ctypes.
 
 The result is kept in a cache folder, named after the sources, the compiler and the processor, so that a change of any
-builds it anew. Where there is no compiler, or POSTFORMER_NATIVE=0, the PyTorch forms run; `status` says which and why.
+builds it anew. Where there is no compiler, or POSTFORMER_NATIVE=0, the PyTorch forms run; `native` says which and why.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ def _key(compiler: str, flags: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for source in sorted(SOURCES.glob("*.[ch]")):
         digest.update(source.name.encode() + source.read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20).stdout
-    digest.update("\n".join([version, *flags, _processor()]).encode())
+    about = Path(compiler).resolve()
+    program = about.stat()  # asking it for its version would start a process in every process that uses kernels
+    digest.update("\n".join([f"{about} {program.st_size} {program.st_mtime_ns}", *flags, _processor()]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -124,8 +125,14 @@ def available(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in SUFFIX and _built()
 
 
-def pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def pointers(*tensors: Tensor | None) -> list[int]:
+    """Where they lie, which holds as long as they are kept; 0 for None."""
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def strides(dims: int, *tensors: Tensor | None) -> list[int]:
+    """Of the first dimensions of each; zeros for None."""
+    return [n for x in tensors for n in ((0,) * dims if x is None else x.stride()[:dims])]
 
 
 def rows(x: Any) -> Any:

@@ -392,11 +392,16 @@ static sizes NAME(read_sizes)(const int64_t *n) {
   return z;
 }
 
+/* q g w e u k v */
+static void NAME(read_inputs)(input *x, void **p, const int64_t *strides) {
+  for (int i = 0; i < 7; i++) x[i] = (input){p[i], strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]};
+}
+
 /* Pointers: q g w e u k v | start, o, last, states [N, G, dk, dv], delta [N, G, L, dv]; strides of q .. v and o. */
 int NAME(gdr_forward)(const int64_t *n, void **p, const int64_t *strides, int threads) {
   const sizes whole = NAME(read_sizes)(n), *z = &whole;
   input x[7];
-  for (int i = 0; i < 7; i++) x[i] = (input){p[i], strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]};
+  NAME(read_inputs)(x, p, strides);
   output o = {p[8], strides[21], strides[22], strides[23]};
   const REAL *start = p[7];
   REAL *last = p[9], *states = p[10], *deltas = p[11];

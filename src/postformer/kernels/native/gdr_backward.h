@@ -26,6 +26,17 @@ static void NAME(unscale_rows)(const REAL *x, const REAL *scaled, const REAL *by
   }
 }
 
+/* One row of a table M = (rows against columns) . P: its gradient becomes that of the product, F gets that of the
+   exponents in P. */
+INLINE void NAME(through_decay)(REAL *grad, const REAL *M, const REAL *P, REAL *F, long upto, int first) {
+  for (long i = 0; i < upto; i += VL) {
+    vec d = AT(grad + i), flow = d * AT(M + i);
+    if (!first) flow += AT(F + i);
+    AT(F + i) = flow;
+    AT(grad + i) = d * AT(P + i);
+  }
+}
+
 static void NAME(inside_head_backward)(const sizes *z, chunk *c, gradients *g, REAL *flows) {
   long Lp = z->Lp, Cp = z->Cp, K = z->K, R = z->R;
   REAL *passing = flows, *from_e = flows + Lp, *from_q = flows + 2 * Lp;
@@ -39,25 +50,13 @@ static void NAME(inside_head_backward)(const sizes *z, chunk *c, gradients *g, R
     if (!c->col[f]) continue;
     memset(g->col[f], 0, Lp * K * sizeof(REAL));
     NAME(unscale_rows)(g->ce[f], c->ce[f], c->end_of, g->col[f], passing, Lp, K);
-    for (long r = 0; r < Lp; r++) {
-      long upto = z->erases ? ROUND_UP(r + 1) : 0;
-      for (long i = 0; i < upto; i += VL) {
-        long at = r * Lp + i;
-        vec d = AT(g->Me[f] + at), flow = d * AT(c->Me[f] + at);
-        if (!first) flow += AT(g->Fe + at);
-        AT(g->Fe + at) = flow;
-        AT(g->Me[f] + at) = d * AT(c->Pe + at);
-      }
+    for (long r = 0; z->erases && r < Lp; r++) {
+      long at = r * Lp;
+      NAME(through_decay)(g->Me[f] + at, c->Me[f] + at, c->Pe + at, g->Fe + at, ROUND_UP(r + 1), first);
     }
     for (long t = 0; t < Cp; t++) {
-      long upto = NAME(seen)(z, ROUND_UP(t + 1));
-      for (long i = 0; i < upto; i += VL) {
-        long at = t * Lp + i;
-        vec d = AT(g->Mq[f] + at), flow = d * AT(c->Mq[f] + at);
-        if (!first) flow += AT(g->Fq + at);
-        AT(g->Fq + at) = flow;
-        AT(g->Mq[f] + at) = d * AT(c->Pq + at);
-      }
+      long at = t * Lp;
+      NAME(through_decay)(g->Mq[f] + at, c->Mq[f] + at, c->Pq + at, g->Fq + at, NAME(seen)(z, ROUND_UP(t + 1)), first);
     }
     NAME(reads)(z, g->Mq[f], c->col[f], K, g->q, 1, 1);
     NAME(reads_transposed)(z, g->Mq[f], c->q, K, g->col[f], 1, 1);
@@ -267,7 +266,7 @@ int NAME(gdr_backward)(const int64_t *n, void **p, const int64_t *strides, int t
   const sizes whole = NAME(read_sizes)(n), *z = &whole;
   input x[7], grad_o;
   output gx[7];
-  for (int i = 0; i < 7; i++) x[i] = (input){p[i], strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]};
+  NAME(read_inputs)(x, p, strides);
   grad_o = (input){p[9], strides[21], strides[22], strides[23]};
   for (int i = 0; i < 7; i++)
     gx[i] = (output){p[12 + i], strides[24 + 3 * i], strides[25 + 3 * i], strides[26 + 3 * i]};
