@@ -108,7 +108,7 @@ class Experts(Mixer):
         u = tokens if there is None else tokens[there]
         scores = self.scores(u)
         chosen, weight = self.choose(scores)
-        load = torch.bincount(chosen.flatten(), minlength=self.design.experts)
+        load = counted(chosen, self.design.experts)
         reference = current().backend == "reference"
         y = self._masked(u, chosen, weight) if reference else self._grouped(u, chosen, weight, load)
         if self.shared is not None:
@@ -141,7 +141,7 @@ class Experts(Mixer):
         rows = order // self.design.top
         # While learning an idle expert runs on nothing, so that its gradient is zero and not missing.
         everyone = torch.is_grad_enabled() or not len(u)
-        parts = u[rows].split(load.tolist())
+        parts = split(u[rows], load)
         made = torch.cat([self._expert(i).transform(part) for i, part in enumerate(parts) if everyone or len(part)])
         made = made * weight.flatten()[order, None]
         return made.new_zeros(len(u), made.shape[1]).index_add(0, rows, made)
@@ -187,3 +187,21 @@ class Experts(Mixer):
         if design.shared_gate:
             total += site.linear_cost(site.width, 1, role="gate")
         return total
+
+
+def split(x: Tensor, counts: Tensor) -> list[Tensor]:
+    """x [N, ...] cut into parts of so many rows; counts sum to N, which a compiler is told."""
+    parts, start = [], 0
+    for n in counts.tolist():
+        torch._check(n >= 0)
+        torch._check(start + n <= x.shape[0])
+        parts.append(x[start : start + n])
+        start += n
+    torch._check(start == x.shape[0])
+    return parts
+
+
+def counted(chosen: Tensor, kinds: int) -> Tensor:
+    """How often each of 0..kinds-1 is in chosen (int64): [kinds], of a length that a compiler knows."""
+    flat = chosen.flatten()
+    return flat.new_zeros(kinds).index_add(0, flat, torch.ones_like(flat))

@@ -64,7 +64,7 @@ class Layer(Mixer):
 
     def forward(self, x: Tensor, state: State = None, ctx: Context | None = None) -> Out:
         ctx, pending = ctx or Context(), None
-        state = self.initial(x.shape[0]) if state is None else state
+        state = (None,) * len(self.sublayers) if state is None else state
         states, emitted, published, losses, measured = [], [], {}, {}, {}
         for i, sub in enumerate(self.sublayers):
             assert isinstance(sub, Sublayer)

@@ -58,6 +58,9 @@ class Context:
     room: bool = False
     """Growing lists in the state have room for this call's tokens (`states.reserve`), and each row's positions have
     counted by one from its document's start (decoding)."""
+    fresh: bool = False
+    """The mixer was given no state and starts from its initial one, so that nothing has been seen and the state need
+    not be asked. Only `Mixer.forward` sets it."""
     shared: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
     """What earlier sites published, by the name the design gives it, plus "embedding"."""
     stores: Mapping[str, Store] = field(default_factory=lambda: EMPTY)
@@ -87,7 +90,8 @@ class Context:
             name: None if (value := getattr(self, name)) is None else value[:, start:stop]
             for name in ("position", "valid", "boundary", "tick", "write")
         }
-        return replace(self, **cut, shared=narrow_shared(self.shared, start, stop, length), emit=None)
+        return replace(self, **cut, shared=narrow_shared(self.shared, start, stop, length), emit=None,
+                       fresh=self.fresh and start == 0)
 
 
 def narrow_shared(shared: Mapping[str, Any], start: int, stop: int, length: int) -> Mapping[str, Any]:

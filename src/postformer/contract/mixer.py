@@ -120,8 +120,11 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, state: State = None, ctx: Context | None = None) -> Out:
         """x [B, T, D] -> Out with y [B, T, D_out]. ctx None: plain causal tokens from the state's position on."""
         ctx = ctx or Context()
-        if state is None:
+        fresh = state is None
+        if fresh:
             state = self.initial(x.shape[0])
+        if ctx.fresh != fresh:
+            ctx = ctx.replace(fresh=fresh)
         if ctx.valid is not None:
             x = x.masked_fill(~ctx.valid[..., None], 0)
         traits = self.traits(self.design)

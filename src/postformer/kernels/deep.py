@@ -218,6 +218,7 @@ def deep(
     valid: Tensor | None = None,
     reset: Tensor | None = None,
     initial: DeepState | None = None,
+    begins: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, DeepState]:
     """Let a network learn key -> value at every token, and read it.
@@ -242,6 +243,7 @@ def deep(
         tick, write: [B, T] in [0, 1]; multiply the logs and theta. Where both are zero the token only reads.
         valid: [B, T] bool; a token that is not there changes nothing, and its output is zero.
         reset: [B, T] bool; before these tokens the memory starts afresh, from `initial` and with a new chunk.
+        begins: the state is known to stand at the start of a chunk, which need not be asked then.
         backend: "auto", "reference" (token by token) or "parallel" (chunks); the same numbers.
 
     Returns:
@@ -254,7 +256,7 @@ def deep(
         with torch.autocast(q.device.type, enabled=False):
             return deep(learner, q, k, v, theta, state=state, rule=rule, log_gamma=log_gamma, log_eta=log_eta,
                         weight=weight, extra=extra, tick=tick, write=write, valid=valid, reset=reset, initial=initial,
-                        backend=backend)
+                        begins=begins, backend=backend)
     _check(q, k, v, theta, (("log_gamma", log_gamma), ("log_eta", log_eta), ("weight", weight)), state, rule, reset,
            valid, tick, write)
     if (log_eta is None) != (state.momentum is None):
@@ -299,6 +301,6 @@ def deep(
     else:
         from .deep_chunk import deep_chunked
 
-        layout = grid(q.shape[2], rule.chunk, state.phase, reset, valid, taking)
+        layout = grid(q.shape[2], rule.chunk, state.phase, reset, valid, taking, begins)
         o, state = deep_chunked(learner, q, k, v, gates, extra, state, initial, rule, layout, taking, valid)
     return o.to(out_dtype), state

@@ -57,7 +57,8 @@ class Grid(NamedTuple):
 
 
 def grid(
-    length: int, chunk: int, phase: Tensor, reset: Tensor | None, valid: Tensor | None, taking: Tensor | None
+    length: int, chunk: int, phase: Tensor, reset: Tensor | None, valid: Tensor | None, taking: Tensor | None,
+    begins: bool = False,
 ) -> Grid:
     """Lay out `length` tokens.
 
@@ -66,10 +67,11 @@ def grid(
         reset: [B, T] bool, before which tokens a document starts.
         valid: [B, T] bool, which tokens exist.
         taking: [B, T] bool, which existing tokens take part in learning; the others only read. None: all.
+        begins: phase is known to be zero.
     """
     B, device = phase.shape[0], phase.device
     slots = min(chunk, length)
-    if reset is None and valid is None and taking is None and not bool(phase.any()):
+    if reset is None and valid is None and taking is None and (begins or not bool(phase.any())):
         rows = -(-length // slots)
         ends = [length >= (n + 1) * chunk for n in range(rows)]
         full = torch.tensor(ends, device=device).expand(B, rows)

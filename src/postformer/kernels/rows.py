@@ -48,7 +48,7 @@ def compiled(backend: str, kernel: str, activation: str, *tensors: Tensor | None
     """Whether compiled code runs a kernel on these tensors, which must all be of one kind."""
     first, *others = (x for x in tensors if x is not None)
     fits = activation in KINDS and all(x.dtype == first.dtype and x.device == first.device for x in others)
-    return fits and first.numel() > 0 and _eager() and settings.native(settings.choose(backend), first, kernel)
+    return fits and _eager() and first.numel() > 0 and settings.native(settings.choose(backend), first, kernel)
 
 
 def again(form: Callable[..., Any], inputs: Sequence[Tensor | None], grads: Any) -> list[Tensor | None]:

@@ -1,17 +1,19 @@
-"""Elementwise recurrences and the selective scan as compiled code: see native/scan.h."""
+"""Elementwise recurrences and the selective scan as compiled code (native/scan.h, native/scan_plain.h), as operators
+that `torch.compile` and fake tensors know."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .native import call, pointers, rows, strides
 
+Maybe = Tensor | None
 BLOCK = 32
 """Tokens between two states that are kept for the backward pass of the selective scan."""
 GROUP = 128
@@ -19,50 +21,87 @@ GROUP = 128
 
 
 @lru_cache(64)
-def _blocks(T: int, emit: int | None) -> ctypes.Array:
+def _blocks(T: int, emit: int) -> ctypes.Array:
     """The first token of each block, then T: blocks end where a state is emitted."""
-    starts = {*range(0, T, BLOCK), *(() if emit is None else range(0, T, emit))}
+    starts = {*range(0, T, BLOCK), *(range(0, T, emit) if emit else ())}
     return (ctypes.c_int64 * (len(starts) + 1))(*sorted(starts), T)
 
 
-class NativeSelectiveScan(torch.autograd.Function):
-    """(x, dt, A, B, C, h0, reset) -> (y, h, emitted or None), as `selective_scan`; without `keep`, no backward pass."""
+def _sizes(x: Tensor, A: Tensor, emit: int) -> list[int]:
+    T, marks = x.shape[1], -(-x.shape[1] // emit) if emit else 0
+    return [*x.shape, A.shape[1], len(_blocks(T, emit)) - 1, min(T, BLOCK), emit, marks, GROUP]
 
-    @staticmethod
-    def forward(ctx: Any, x, dt, A, B, C, h0, reset, emit: int | None, keep: bool):
-        x, dt, B, C = map(rows, (x, dt, B, C))
-        A, h0 = A.contiguous(), None if h0 is None else h0.contiguous()
-        (batch, T, D), N = x.shape, A.shape[1]
-        blocks, marks = _blocks(T, emit), 0 if emit is None else -(-T // emit)
-        sizes = [batch, T, D, N, len(blocks) - 1, min(T, BLOCK), emit or 0, marks, GROUP]
-        y, h = x.new_empty(x.shape), x.new_empty(batch, D, N)
-        emitted = None if emit is None else x.new_empty(batch, marks, D, N)
-        kept = x.new_empty(len(blocks) - 1, batch, D, N) if keep else None
-        call("selective_forward", x.dtype, sizes,
-             [*pointers(x, dt, B, C, reset), ctypes.addressof(blocks),
-              *pointers(A, h0, y, h, emitted, kept)],
-             strides(2, x, dt, B, C, reset, y))
-        if keep:
-            ctx.save_for_backward(x, dt, A, B, C, reset, kept)
-            ctx.sizes, ctx.blocks, ctx.started = sizes, blocks, h0 is not None
-            ctx.set_materialize_grads(False)
-        return y, h, emitted
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y, grad_h, grad_emitted):
-        x, dt, A, B, C, reset, kept = ctx.saved_tensors
-        grad_y = x.new_zeros(1).expand(x.shape).contiguous() if grad_y is None else rows(grad_y)
-        grad_h, grad_emitted = (None if z is None else z.contiguous() for z in (grad_h, grad_emitted))
-        grad_x, grad_dt = x.new_empty(x.shape), x.new_empty(x.shape)
-        grad_B, grad_C = (x.new_empty(-(-x.shape[2] // GROUP), *B.shape) for _ in range(2))
-        grad_A, grad_h0 = (x.new_empty(x.shape[0], *A.shape) for _ in range(2))
-        call("selective_backward", x.dtype, ctx.sizes,
-             [*pointers(x, dt, B, C, reset), ctypes.addressof(ctx.blocks),
-              *pointers(A, kept, grad_y, grad_h, grad_emitted, grad_x, grad_dt, grad_B, grad_C, grad_A, grad_h0)],
-             strides(2, x, dt, B, C, reset, grad_y, grad_x, grad_dt))
-        return (grad_x, grad_dt, grad_A.sum(0), grad_B.sum(0), grad_C.sum(0), grad_h0 if ctx.started else None,
-                None, None, None)
+def _outputs(x: Tensor, A: Tensor, emit: int, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Empty y, h, emitted and kept."""
+    (batch, T, D), N, new = x.shape, A.shape[1], x.new_empty
+    marks, both = (-(-T // emit), -(-T // math.lcm(BLOCK, emit))) if emit else (0, 0)
+    blocks = -(-T // BLOCK) + marks - both if keep else 0
+    return new(x.shape), new(batch, D, N), new(batch, marks, D, N), new(blocks, batch, D, N)
+
+
+@torch.library.custom_op("postformer::selective_scan", mutates_args=(), device_types="cpu")
+def selective(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Maybe, reset: Maybe, emit: int,
+              keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Shapes as in `selective_scan`; emit: 0 for none.
+
+    Returns (y [Bt, T, D], h [Bt, D, N], emitted [Bt, ceil(T / emit), D, N], kept [blocks, Bt, D, N] the state before
+    each block). The last is empty unless `keep`, without which there is no backward pass.
+    """
+    y, h, emitted, kept = found = _outputs(x, A, emit, keep)
+    x, dt, B, C = map(rows, (x, dt, B, C))
+    A, h0 = A.contiguous(), None if h0 is None else h0.contiguous()
+    call("selective_forward", x.dtype, _sizes(x, A, emit),
+         [*pointers(x, dt, B, C, reset), ctypes.addressof(_blocks(x.shape[1], emit)),
+          *pointers(A, h0, y, h, emitted if emit else None, kept if keep else None)],
+         strides(2, x, dt, B, C, reset, y))
+    return found
+
+
+@selective.register_fake
+def _(x, dt, A, B, C, h0, reset, emit, keep):
+    return _outputs(x, A, emit, keep)
+
+
+@torch.library.custom_op("postformer::selective_scan_backward", mutates_args=(), device_types="cpu")
+def selective_backward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, reset: Maybe, kept: Tensor, grad_y: Maybe, grad_h: Maybe,
+    grad_emitted: Maybe, emit: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, A, B, C and h0."""
+    x, dt, B, C = map(rows, (x, dt, B, C))
+    A, new = A.contiguous(), x.new_empty
+    grad_y = new(1).zero_().expand(x.shape).contiguous() if grad_y is None else rows(grad_y)
+    grad_h, grad_emitted = (None if z is None else z.contiguous() for z in (grad_h, grad_emitted))
+    grad_x, grad_dt = new(x.shape), new(x.shape)
+    grad_B, grad_C = (new(-(-x.shape[2] // GROUP), *B.shape) for _ in range(2))
+    grad_A, grad_h0 = (new(x.shape[0], *A.shape) for _ in range(2))
+    call("selective_backward", x.dtype, _sizes(x, A, emit),
+         [*pointers(x, dt, B, C, reset), ctypes.addressof(_blocks(x.shape[1], emit)),
+          *pointers(A, kept, grad_y, grad_h, grad_emitted, grad_x, grad_dt, grad_B, grad_C, grad_A, grad_h0)],
+         strides(2, x, dt, B, C, reset, grad_y, grad_x, grad_dt))
+    return grad_x, grad_dt, grad_A.sum(0), grad_B.sum(0), grad_C.sum(0), grad_h0
+
+
+@selective_backward.register_fake
+def _(x, dt, A, B, C, reset, kept, *_):
+    new = x.new_empty
+    return new(x.shape), new(x.shape), new(A.shape), new(B.shape), new(B.shape), new(kept.shape[1:])
+
+
+def _keep_selective(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, dt, A, B, C, h0, reset, ctx.emit, _ = inputs
+    ctx.save_for_backward(x, dt, A, B, C, reset, output[3])
+    ctx.started = h0 is not None
+    ctx.set_materialize_grads(False)
+
+
+def _selective_gradients(ctx: Any, grad_y: Maybe, grad_h: Maybe, grad_emitted: Maybe, _: Maybe) -> tuple:
+    grads = selective_backward(*ctx.saved_tensors, grad_y, grad_h, grad_emitted if ctx.emit else None, ctx.emit)
+    return *grads[:5], grads[5] if ctx.started else None, None, None, None
+
+
+selective.register_autograd(_selective_gradients, setup_context=_keep_selective)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -75,32 +114,47 @@ def _all_strides(x: Tensor) -> list[int]:
     return [*x.stride()[:2], 0 if x.shape[2] > 1 and x.stride(2) == 0 else 1]
 
 
-def scan_forward(a: Tensor, b: Tensor, h0: Tensor, reset: Tensor | None, max_plus: bool) -> Tensor:
-    """h [B, T, ...] of the linear recurrence, or of its max-plus sister."""
-    a, b, h0 = _flat(a), _flat(b), h0.contiguous()
+@torch.library.custom_op("postformer::scan", mutates_args=(), device_types="cpu")
+def scan(a: Tensor, b: Tensor, h0: Tensor, reset: Maybe, max_plus: bool) -> Tensor:
+    """h [B, T, ...] of the linear recurrence, or of its max-plus sister, which has no gradient."""
     h = b.new_empty(b.shape)
+    a, b, h0 = _flat(a), _flat(b), h0.contiguous()
     call("scan_forward", b.dtype, [*b.shape, max_plus], pointers(a, b, h0, reset, h),
          [*_all_strides(a), *_all_strides(b), *strides(2, reset)])
     return h
 
 
-class NativeScan(torch.autograd.Function):
-    """(a, b, h0, reset) -> h, as `scan`."""
+@scan.register_fake
+def _(a, b, h0, reset, max_plus):
+    return b.new_empty(b.shape)
 
-    @staticmethod
-    def forward(ctx: Any, a, b, h0, reset):
-        h = scan_forward(a, b, h0, reset, False)
-        ctx.save_for_backward(a, h0, reset, h)
-        return h.view(b.shape)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad):
-        a, h0, reset, h = ctx.saved_tensors
-        flat, g, start = _flat(a), _flat(grad), h0.contiguous()
-        grad_a = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        grad_b, grad_h0 = torch.empty_like(h), torch.empty_like(start)
-        call("scan_backward", h.dtype, list(h.shape),
-             pointers(flat, start, reset, h, g, grad_a, grad_b, grad_h0),
-             [*_all_strides(flat), *_all_strides(g), *strides(2, reset)])
-        return None if grad_a is None else grad_a.view(a.shape), grad_b.view(a.shape), grad_h0, None
+@torch.library.custom_op("postformer::scan_backward", mutates_args=(), device_types="cpu")
+def scan_backward(a: Tensor, h0: Tensor, reset: Maybe, h: Tensor, grad: Tensor, wants_a: bool) -> list[Tensor]:
+    """Gradients of b and h0, and of a where it is wanted."""
+    grads = [h.new_empty(h.shape), h0.new_empty(h0.shape), *([h.new_empty(h.shape)] if wants_a else [])]
+    flat, g, start = _flat(a), _flat(grad), h0.contiguous()
+    call("scan_backward", h.dtype, list(_flat(h).shape),
+         pointers(flat, start, reset, h, g, grads[2] if wants_a else None, *grads[:2]),
+         [*_all_strides(flat), *_all_strides(g), *strides(2, reset)])
+    return grads
+
+
+@scan_backward.register_fake
+def _(a, h0, reset, h, grad, wants_a):
+    return [h.new_empty(h.shape), h0.new_empty(h0.shape), *([h.new_empty(h.shape)] if wants_a else [])]
+
+
+def _keep_scan(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    a, _, h0, reset, max_plus = inputs
+    assert not max_plus
+    ctx.save_for_backward(a, h0, reset, output)
+
+
+def _scan_gradients(ctx: Any, grad: Tensor) -> tuple:
+    a, h0, reset, h = ctx.saved_tensors
+    grad_b, grad_h0, *grad_a = scan_backward(a, h0, reset, h, grad, ctx.needs_input_grad[0])
+    return grad_a[0] if grad_a else None, grad_b, grad_h0, None, None
+
+
+scan.register_autograd(_scan_gradients, setup_context=_keep_scan)

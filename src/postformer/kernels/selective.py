@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from . import selective_triton as gpu
 from . import settings
 from .scan import _blocked, _linear
-from .scan_native import NativeSelectiveScan
+from .scan_native import selective
 from .tape import fused
 
 BUDGET = 1 << 18
@@ -245,7 +245,7 @@ def selective_scan(
             y, h = gpu.selective_triton(x, dt, A, B, C, A.new_zeros(held) if h is None else h, reset)
         elif settings.native(backend, x, "selective_scan"):
             keep = settings.recorded(x, dt, A, B, C, h)
-            y, h, emitted = NativeSelectiveScan.apply(x, dt, A, B, C, h, reset, emit, keep)
+            y, h, emitted, _ = selective(x, dt, A, B, C, h, reset, emit or 0, keep)
         elif backend == "reference" or (backend == "auto" and x.shape[1] <= 2):
             y, h, emitted = _reference(x, dt, A, B, C, x.new_zeros(held) if h is None else h, reset, emit)
         else:

@@ -12,6 +12,7 @@ dLambda) x. They are the derivatives of what is returned as far as the solver ha
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ def solve_chunked(q: Tensor, k: Tensor, w: Tensor, g: Tensor | None, ridge: Tens
                   reset: Tensor | None, solver: Solver, iterations: int, C: int) -> tuple[Tensor, Tensor]:
     """As solve_recurrent, with reads of the memory for products."""
     H = symmetric(H)
-    with settings.use(decay_scale=1.0):
+    with nullcontext() if settings.current().decay_scale == 1 else settings.use(decay_scale=1.0):
         def read(p: Tensor, **options: Any) -> Any:
             return gdr(p, g, k_add=w, v_add=k, state=H, reset=reset, **options)
 

@@ -168,9 +168,11 @@ class Attention(Mixer):
         batch, length = position.shape
         window, masks = self.design.window, {}
         used = memory.data.shape[1]
-        if isinstance(memory, Growing) and used:
+        if ctx.fresh:
+            used = 0
+        elif isinstance(memory, Growing) and used:
             used = min(used, int(memory.length.max()))
-        if used and isinstance(memory, Ring) and not bool(memory.count.any()):
+        elif used and isinstance(memory, Ring) and not bool(memory.count.any()):
             used = 0
         exists = None
         if used:
@@ -190,7 +192,8 @@ class Attention(Mixer):
             masks["query_position"] = position
             if isinstance(memory, Ring):
                 masks["key_position"] = torch.cat([memory.position[:, :used], position], 1)
-            if not used and segments is None and bool((position[:, -1] - position[:, 0] == length - 1).all()):
+            looks = not used and segments is None and not torch.compiler.is_compiling()
+            if looks and bool((position[:, -1] - position[:, 0] == length - 1).all()):
                 masks = {}  # positions count by one: the window may be taken by index, which is faster
         if self.persistent is None:
             return attention(q, k, v, causal=ctx.causal, window=window, key_valid=exists, **masks)

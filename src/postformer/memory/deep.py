@@ -168,6 +168,7 @@ class Deep(HeadRead):
             weight=raw["window"].sigmoid() if "window" in raw else None,
             extra=extra, tick=ctx.tick, write=ctx.write, valid=ctx.valid, reset=reset,
             initial=None if reset is None else self.initial(x.shape[0]).memory,
+            begins=ctx.fresh,
         )
         return Out(self.finish(o.transpose(1, 2).flatten(-2).to(x.dtype), x),
                    DeepMemoryState(memory, local))

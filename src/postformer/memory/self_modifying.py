@@ -161,7 +161,7 @@ class SelfModifying(HeadRead):
                 ctx: Context) -> tuple[Tensor, SelfModifyingState]:
         """x, q [B, H, T, d] -> (o [B, H, T, d], state): one call of K1 for each chunk."""
         reset, (tick, write, counts) = ctx.reset(self.forget_at), self._gates(x, ctx)
-        layout = grid(x.shape[2], self.design.update.chunk, state.phase, reset, ctx.valid, counts)
+        layout = grid(x.shape[2], self.design.update.chunk, state.phase, reset, ctx.valid, counts, ctx.fresh)
         # Slots without a token are laid out as zeros and so neither decay nor write.
         rows = zip(layout.lay(x), layout.lay(q), layout.lay(tick), layout.lay(write), strict=True)
         first, out, (running, frozen, _, _) = self._first(x.shape[0]), [], state

@@ -131,12 +131,12 @@ class LanguageModel(nn.Module):
     def run(self, x: Tensor, state: LMState | None = None, ctx: Context | None = None) -> tuple[Out, LMState]:
         """The stack on embedded tokens x [B, T, width], with positions counted from the state."""
         ctx = ctx or Context()
-        state = self.initial(x.shape[0]) if state is None else state
-        position, following = placed(state.next, x.shape[1], ctx)
+        start = torch.zeros(x.shape[0], dtype=torch.long, device=x.device) if state is None else state.next
+        position, following = placed(start, x.shape[1], ctx)
         ctx = ctx.replace(position=position)
         if self.design.embedding.position == "sinusoidal":
             x = x + sinusoidal(position, self.design.width, x.dtype)
         if ctx.valid is not None:
             x = x.masked_fill(~ctx.valid[..., None], 0)
-        out = self.stack(x, state.stack, ctx)
+        out = self.stack(x, None if state is None else state.stack, ctx)
         return out, LMState(out.state, following)

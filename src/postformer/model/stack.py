@@ -51,7 +51,7 @@ class Stack(Mixer):
 
     def forward(self, x: Tensor, state: State = None, ctx: Context | None = None) -> Out:
         ctx = ctx or Context()
-        state = self.initial(x.shape[0]) if state is None else state
+        state = (None,) * len(self.layers) if state is None else state
         ctx = ctx.replace(shared=extended(ctx.shared, {"embedding": x}))
         states, emitted, losses, measured, published = [], [], {}, {}, {}
         for i, layer in enumerate(self.layers):

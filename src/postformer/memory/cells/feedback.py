@@ -67,7 +67,7 @@ def _same(drive: Tensor, weight: Tensor) -> bool:
 
 def _looped(drive: Tensor, weight: Tensor, add: Callable[[Tensor, Tensor, Tensor], Tensor], sums: str, columns: int,
             once: bool) -> tuple[Tensor, Add]:
-    if not (once and torch.is_grad_enabled() and weight.requires_grad):
+    if not (once and torch.is_grad_enabled() and weight.requires_grad) or torch.compiler.is_compiling():
         return drive, lambda d, h: add(d, h, weight)
     seen: list[Tensor] = []
     fixed = weight.detach()

@@ -33,6 +33,10 @@ class Composite(Mixer):
     def initial(self, batch: int, condition: Tensor | None = None) -> State:
         return tuple(child.initial(batch) for child in self.of)  # type: ignore[operator]
 
+    def pasts(self, state: State, ctx: Context) -> State:
+        """The children's states; None for each where nothing has been seen, so that they know it too."""
+        return (None,) * len(self.of) if ctx.fresh else state
+
     @classmethod
     def traits(cls, design: Any) -> Traits:
         # Its children do what they cannot natively by themselves.
@@ -48,7 +52,7 @@ class Composite(Mixer):
 class Chain(Composite):
     def mix(self, x: Tensor, state: State, ctx: Context) -> Out:
         outs = []
-        for child, past in zip(self.of, state):
+        for child, past in zip(self.of, self.pasts(state, ctx)):
             outs.append(child(x, past, ctx))
             x = outs[-1].y
         return gathered(x, outs, ctx)

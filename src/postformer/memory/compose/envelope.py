@@ -94,7 +94,7 @@ class Envelope(Mixer):
         if self.design.conv_on:
             fed = {f"{FED}{name}": seen for name in self.design.conv_on}
             inside = ctx.replace(shared={**ctx.shared, **fed})
-        out = self.of(u if self.design.conv_on else seen, past, inside)
+        out = self.of(u if self.design.conv_on else seen, None if ctx.fresh else past, inside)
         y = out.y
         if self.skip is not None:
             y = y + self.skip.to(y.dtype) * seen

@@ -59,7 +59,7 @@ class Parallel(Composite):
         self.join = site.linear("join", count * site.dim_out, site.dim_out) if self.merge == "concat" else None
 
     def mix(self, x: Tensor, state: State, ctx: Context) -> Out:
-        outs = [child(x, past, ctx) for child, past in zip(self.of, state)]
+        outs = [child(x, past, ctx) for child, past in zip(self.of, self.pasts(state, ctx))]
         ys = [out.y for out in outs]
         if self.norms is not None:
             y = torch.stack([norm(v) for norm, v in zip(self.norms, ys)]).mean(0)

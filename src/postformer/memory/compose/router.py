@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -68,7 +69,8 @@ class Router(Composite):
         if self.design.top == 1:
             hard = torch.zeros_like(share).scatter(-1, share.argmax(-1, keepdim=True), 1.0)
             weight = hard + (share - share.detach())
-        outs = [child(x, past, self._gates(weight[..., i], ctx)) for i, (child, past) in enumerate(zip(self.of, state))]
+        pasts = self.pasts(state, ctx)
+        outs = [child(x, past, self._gates(weight[..., i], ctx)) for i, (child, past) in enumerate(zip(self.of, pasts))]
         y = (torch.stack([out.y for out in outs], -1) * weight[..., None, :].to(x.dtype)).sum(-1)
         out = gathered(y, outs, ctx)
         if not self.design.balance:
@@ -99,5 +101,5 @@ def imbalance(share: Tensor, valid: Tensor | None) -> Tensor:
     flat = share.flatten(0, 1) if valid is None else share[valid]
     if not flat.shape[0]:
         return share.sum() * 0
-    busy = torch.bincount(flat.argmax(-1), minlength=count).to(flat.dtype) / flat.shape[0]
+    busy = F.one_hot(flat.argmax(-1), count).to(flat.dtype).mean(0)
     return count * (busy * flat.mean(0)).sum()
