@@ -19,7 +19,8 @@ import warnings
 import torch
 import torch.nn.functional as F
 
-from postformer.kernels import gdr, selective_scan, triton_device
+from postformer.kernels import gdr, selective_scan
+from postformer.kernels.gpu import device as triton_device
 
 NAMES = {"gated delta": (1, 0, True), "kda": (1, 0, False), "mamba2": (0, 1, True), "gla": (0, 1, False),
          "rwkv7": (1, 1, False)}  # fmt: skip

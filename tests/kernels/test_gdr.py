@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from postformer.kernels import gdr, gdr_channel, gdr_head, native, use
+from postformer.kernels import gdr, native, use
+from postformer.kernels.gdr import channel as gdr_channel
+from postformer.kernels.gdr import head as gdr_head
 
 torch.set_num_threads(1)
 FAST = ["parallel"] + ["native"] * (native.native().library is not None)

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postformer.kernels import max_plus_scan, native, scan, scan_native, selective_scan, use
+from postformer.kernels import max_plus_scan, native, scan, selective_scan, use
+from postformer.kernels.scan import operators as scan_native
 
 torch.set_num_threads(1)
 compiled = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)

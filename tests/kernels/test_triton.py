@@ -11,8 +11,11 @@ import warnings
 import pytest
 import torch
 
-from postformer.kernels import gdr, gdr_triton, selective_scan, selective_triton, triton_device
-from postformer.kernels.gdr_reference import gdr_recurrent
+from postformer.kernels import gdr, selective_scan
+from postformer.kernels.gdr import gpu as gdr_triton
+from postformer.kernels.gdr.reference import gdr_recurrent
+from postformer.kernels.gpu import device as triton_device
+from postformer.kernels.scan import selective_gpu as selective_triton
 
 INTERPRETED = triton_device.interpreted()
 installed = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

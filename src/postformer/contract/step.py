@@ -13,8 +13,9 @@ from postformer.contract import state as states
 from postformer.contract.context import Context, gates
 from postformer.contract.mixer import Mixer, Out
 from postformer.contract.state import State, mismatch
-from postformer.kernels import affine, affine_structure, current, sequential
-from postformer.kernels.affine_structure import NotAffine
+from postformer.kernels import affine, current, sequential
+from postformer.kernels.affine import structure as affine_structure
+from postformer.kernels.affine.structure import NotAffine
 
 FROM = 32
 """Tokens from which blocks are faster than tokens one by one (measured: benchmarks/affine_step.py)."""

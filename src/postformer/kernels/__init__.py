@@ -9,10 +9,10 @@ of keys and values.
 """
 
 from .attention import attend, attention
-from .diagonal import diagonal_system
 from .gdr import gdr
 from .scan import fft_convolution, max_plus_scan, scan
-from .selective import selective_scan
+from .scan.diagonal import diagonal_system
+from .scan.selective import selective_scan
 from .sequential import sequential
 from .settings import Settings, current, use
 from .solve import kalman_gains, precision, ridge_solve

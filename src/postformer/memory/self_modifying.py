@@ -30,7 +30,7 @@ from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.design.registry import register
 from postformer.kernels import current, gdr
-from postformer.kernels.deep_grid import grid
+from postformer.kernels.deep.grid import grid
 from postformer.layers.local import ShortConvolution
 from postformer.layers.norm import l2norm
 from postformer.memory.read import HeadRead

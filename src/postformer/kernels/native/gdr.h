@@ -1,4 +1,4 @@
-/* The general diagonal + rank-one recurrence in chunks, one (batch row, head) after another: see gdr_chunk.py for the
+/* The general diagonal + rank-one recurrence in chunks, one (batch row, head) after another: see gdr/chunk.py for the
    equations. Included once for float and once for double.
 
    Rows read (q, one per token) or erase (e, R per token); columns (w, and k_add) are what they see, R per token; rows of

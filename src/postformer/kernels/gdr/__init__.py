@@ -9,11 +9,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import gdr_triton as gpu
-from . import settings
-from .gdr_chunk import gdr_chunked
-from .gdr_native import gdr_chunks
-from .gdr_reference import gdr_recurrent
+from .. import settings
+from . import gpu
+from .chunk import gdr_chunked
+from .operators import gdr_chunks
+from .reference import gdr_recurrent
 
 RECURRENT_UP_TO = 3
 """Below this many tokens one chunk costs more than its tokens taken one by one."""

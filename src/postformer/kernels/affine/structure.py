@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .affine import Step
-from .affine_plan import Group, Plan, flat, smooth
+from . import Step
+from .plan import Group, Plan, flat, smooth
 
 TOLERANCE = 1e-10
 SIZES = (1e-4, 1e-2, 1.0, 1e2, 1e4, 1e6)

@@ -8,11 +8,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import settings
-from .gdr import RECURRENT_UP_TO
-from .solve_kalman import gains_chunked, gains_recurrent
-from .solve_moebius import precision_blocked, precision_recurrent
-from .solve_ridge import SOLVERS, solve_chunked, solve_recurrent
+from .. import settings
+from ..gdr import RECURRENT_UP_TO
+from .kalman import gains_chunked, gains_recurrent
+from .moebius import precision_blocked, precision_recurrent
+from .ridge import SOLVERS, solve_chunked, solve_recurrent
 
 
 def _fail(name: str, message: str) -> NoReturn:

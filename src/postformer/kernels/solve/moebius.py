@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .scan import scan
+from ..scan import scan
 
 WIDE = 4096
 """Values per token from which a plain walk over the tokens is faster than blocks."""

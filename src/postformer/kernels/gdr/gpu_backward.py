@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tiles import add, add_line, decay_sum, from_start, head_of, line, put, rows_of, square, table, tile
+from ..gpu.tiles import add, add_line, decay_sum, from_start, head_of, line, put, rows_of, square, table, tile
 
 
 @triton.jit

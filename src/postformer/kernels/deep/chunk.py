@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .deep import DeepState, Gates, Rule, Window, choose_rows, clipped, joined, settled, spread
-from .deep_grid import Grid
+from . import DeepState, Gates, Rule, Window, choose_rows, clipped, joined, settled, spread
+from .grid import Grid
 
 
 class Sums(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sequential import _map
+from ..sequential import _map
 
 Tree = Any
 

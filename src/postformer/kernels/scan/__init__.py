@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import scan_native, settings
+from .. import settings
+from . import operators
 
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], object]
 """step(a, h, b, out): out <- a h + b, in whatever algebra."""
@@ -144,7 +145,7 @@ def scan(
     named, backend = backend, settings.choose(backend)
     short = backend == "auto" and b.shape[1] <= SHORT
     if not short and settings.native(named if b.is_complex() else backend, b, "scan"):
-        return scan_native.scan(a, b, h, reset, False)
+        return operators.scan(a, b, h, reset, False)
     if reset is not None:
         a = torch.where(reset.view(*reset.shape, *(1,) * (a.ndim - 2)), 0.0, a)
     if short or backend == "reference":
@@ -169,7 +170,7 @@ def max_plus_scan(
         a, b = _prepare("max_plus_scan", a, b, m0, reset)
         m = torch.full_like(b[:, 0], -1e30) if m0 is None else m0.to(b.dtype)
         if settings.native(settings.choose(backend), b, "max_plus_scan"):
-            return scan_native.scan(a, b, m, reset, True)
+            return operators.scan(a, b, m, reset, True)
         if reset is not None:
             a = torch.where(reset.view(*reset.shape, *(1,) * (a.ndim - 2)), -1e30, a)
         out = torch.empty(b.shape, dtype=b.dtype, device=b.device)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import triton_device
-from .native import rows
+from ..gpu import device as triton_device
+from ..native import rows
 
 Maybe = Tensor | None
 
@@ -31,7 +31,7 @@ def _sizes(x: Tensor, A: Tensor, reset: Maybe) -> tuple[tuple[int, int, int], di
 
 def _chain(passed: Tensor, end: Tensor, first: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
     """(states before each chunk [chunks, Bt, D, N], the last) or, backward, gradients of states after each."""
-    from . import selective_triton_kernels as kernels
+    from . import selective_gpu_kernels as kernels
 
     kept, last = torch.empty_like(end), torch.empty_like(first)
     chunks, size = len(end), first.numel()
@@ -49,7 +49,7 @@ def _pair(*tensors: Tensor) -> list[Any]:
 def selective_triton(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor,
                      reset: Maybe) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Shapes as in `selective_scan`; x, dt, B and C in half or single precision, A and h0 fp32 -> (y, h)."""
-    from . import selective_triton_kernels as kernels
+    from . import selective_gpu_kernels as kernels
 
     x, dt, B, C = map(rows, (x, dt, B, C))
     A, h0, reset = A.contiguous(), h0.contiguous(), None if reset is None else reset.contiguous()
@@ -62,7 +62,7 @@ def selective_triton(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0:
 
 def _ends(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, reset: Maybe) -> tuple[Tensor, Tensor]:
     """(what of the state before each chunk is left after it, what is added), [chunks, Bt, D, N]."""
-    from . import selective_triton_kernels as kernels
+    from . import selective_gpu_kernels as kernels
 
     (grid, tiles), (batch, T, D), N = _sizes(x, A, reset), x.shape, A.shape[1]
     passed, end = A.new_empty(2, grid[0], batch, D, N).unbind()
@@ -79,7 +79,7 @@ def _(x, dt, A, B, C, h0, reset):
 def selective_triton_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor, reset: Maybe,
                               grad_y: Maybe, grad_h: Maybe) -> list[Tensor]:  # fmt: skip
     """Gradients of x, dt, A, B, C and h0."""
-    from . import selective_triton_kernels as kernels
+    from . import selective_gpu_kernels as kernels
 
     x, dt, B, C = map(rows, (x, dt, B, C))
     A, h0, reset = A.contiguous(), h0.contiguous(), None if reset is None else reset.contiguous()

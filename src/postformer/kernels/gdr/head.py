@@ -1,6 +1,6 @@
 """Chunks of the recurrence where the decay is one number per head, or none: forward and hand-derived backward.
 
-Equations and legend as in `gdr_chunk`. One table per chunk holds every decay: [t, 0] since the chunk's start, [t, i+1]
+Equations and legend as in `gdr.chunk`. One table per chunk holds every decay: [t, 0] since the chunk's start, [t, i+1]
 since token i. Both passes walk over a few chunks at a time and form each [C, C] matrix anew where it is needed, so that
 what lives from forward to backward is no larger than the inputs, and what is worked on stays in a cache.
 

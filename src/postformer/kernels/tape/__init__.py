@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from . import native as compiled
-from . import settings
-from .tape_lowering import FUSED, Instruction, NotRecordable, lower, pack
+from .. import native as compiled
+from .. import settings
+from .lowering import FUSED, Instruction, NotRecordable, lower, pack
 
 _recorder: ContextVar[_Recorder | None] = ContextVar("postformer_tape", default=None)
 
@@ -92,7 +92,7 @@ class _Values(TorchFunctionMode):
 
 
 def fused(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable[..., Any]:
-    """A function of tensors that a tape runs as one instruction of its own (see tape_lowering.FUSED); arguments by
+    """A function of tensors that a tape runs as one instruction of its own (see lowering.FUSED); arguments by
     position. What it overwrites must be among its results."""
     name = function.__name__
 

@@ -8,7 +8,7 @@ backwards: the last run is repeated with gradients, and what a block's end must 
 What a call returns is checked by the call itself: every block has to end where the next one was said to start, which
 by induction makes the result that of the token-by-token run, whatever was believed about the step.
 
-The form of A is not asked of anybody: see `affine_structure`.
+The form of A is not asked of anybody: see `affine.structure`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .affine_plan import Group, Plan, flat, smooth
-from .sequential import _partly, _restart
-from .settings import recorded
+from ..sequential import _partly, _restart
+from ..settings import recorded
+from .plan import Group, Plan, flat, smooth
 
 Tree = Any
 Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
@@ -332,7 +332,7 @@ def in_blocks(
     Args:
         step, x, state, reset, initial, write, emit: as `sequential` takes them; x and y are tensors, [B, T, ...].
             The step must treat rows separately and draw no random numbers.
-        plan: from `affine_structure.recognise`.
+        plan: from `affine.structure.recognise`.
         parameters: every tensor outside the arguments that the step reads and that a gradient shall reach.
         block: tokens per block; changes speed, not results.
 

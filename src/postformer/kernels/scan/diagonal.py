@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import settings
-from .scan import fft_convolution, scan
+from .. import settings
+from . import fft_convolution, scan
 
 STEP_UP_TO = 1
 """Tokens for which stepping is cheaper than making the convolution's kernel."""

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import triton_device
-from .gdr_reference import gdr_recurrent
-from .native import rows
+from ..gpu import device as triton_device
+from ..native import rows
+from .reference import gdr_recurrent
 
 Maybe = Tensor | None
 
@@ -126,8 +126,8 @@ def _given(g: Maybe, q: Tensor) -> Tensor:
 def _inside(z: _Shape, q: Tensor, g: Tensor, w: Maybe, e: Maybe, u: Maybe, k: Maybe, v: Maybe,
             start: Tensor) -> _Inside:  # fmt: skip
     """All of the forward pass but its outputs."""
-    from . import gdr_triton_forward_kernels as kernels
-    from .triton_tiles import RUN
+    from ..gpu.tiles import RUN
+    from . import gpu_forward as kernels
 
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=q.device)
@@ -183,7 +183,7 @@ def gdr_triton(q: Tensor, g: Maybe, w: Maybe, e: Maybe, u: Maybe, k: Maybe, v: M
     g, start = _given(g, q), start.contiguous()
     q, w, e, u, k, v = map(rows, (q, w, e, u, k, v))
     z = _shape(q, g, (w, e, u, k, v), start, C, R, early_erase, early_read)
-    from . import gdr_triton_forward_kernels as kernels
+    from . import gpu_forward as kernels
 
     made, o = _inside(z, q, g, w, e, u, k, v, start), _output(q, z.dv)
     kernels.outputs[(z.chunks, z.heads, -(-z.dv // z.BV))](
@@ -207,8 +207,8 @@ def gdr_triton_backward(
     grad_last: Maybe, grad_S: Maybe, C: int, R: int, early_erase: bool, early_read: bool,
 ) -> list[Tensor]:
     """Gradients of those of q, g, w, e, u, k, v that are given, and of start."""
-    from . import gdr_triton_backward_kernels as kernels
-    from .triton_tiles import RUN
+    from ..gpu.tiles import RUN
+    from . import gpu_backward as kernels
 
     decays, g, start = g is not None, _given(g, q), start.contiguous()
     q, w, e, u, k, v = map(rows, (q, w, e, u, k, v))

@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from . import settings
-from .deep_grid import grid
+from .. import settings
+from .grid import grid
 
 Weights = tuple[Tensor, ...]
 """One [B, H, d_in, d_out] per linear map of the network"""
@@ -290,7 +290,7 @@ def deep(
 
     backend = settings.choose(backend)
     if backend == "reference":
-        from .deep_reference import deep_recurrent
+        from .reference import deep_recurrent
 
         o, state = deep_recurrent(learner, q, k, v, gates, extra, state, initial, rule, reset, valid, taking)
     elif taking is not None and reset is None and not _wanted(tick, write) and not bool(taking.any()):
@@ -299,7 +299,7 @@ def deep(
         o = learner.predict(q, lambda i, x: x @ read[i])
         o = o if valid is None else o.masked_fill(~valid[:, None, :, None], 0)
     else:
-        from .deep_chunk import deep_chunked
+        from .chunk import deep_chunked
 
         layout = grid(q.shape[2], rule.chunk, state.phase, reset, valid, taking, begins)
         o, state = deep_chunked(learner, q, k, v, gates, extra, state, initial, rule, layout, taking, valid)

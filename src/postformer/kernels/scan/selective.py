@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import selective_triton as gpu
-from . import settings
-from .scan import _blocked, _linear
-from .scan_native import selective
-from .tape import fused
+from .. import settings
+from ..tape import fused
+from . import _blocked, _linear
+from . import selective_gpu as gpu
+from .operators import selective
 
 BUDGET = 1 << 18
 """Elements of a state history worked on at a time: few enough to stay in a cache, many enough to hide overhead."""

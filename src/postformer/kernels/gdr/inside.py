@@ -1,6 +1,6 @@
 """Inside chunks where each key channel decays by itself: one matrix of all rows against all columns, and its mirror.
 
-Equations and legend as in `gdr_chunk`. Whatever looks into a chunk is a row (reads q, erases e), what is looked at is a
+Equations and legend as in `gdr.chunk`. Whatever looks into a chunk is a row (reads q, erases e), what is looked at is a
 column (w and k), and one matrix M holds them all: M[a t, b i] = sum_d row_a[t,d] column_b[i,d] exp(E_d(i, t)).
 
 M is made of blocks that join neighbouring runs of s = 1, 2, 4, ... tokens: the decay from column to row is that from

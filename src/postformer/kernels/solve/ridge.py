@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import settings
-from .gdr import gdr
-from .scan import scan
-from .solve_kalman import RESET, segment_sums, symmetric
+from .. import settings
+from ..gdr import gdr
+from ..scan import scan
+from .kalman import RESET, segment_sums, symmetric
 
 Product = Callable[[Tensor], Tensor]
 """p [..., d] -> (H + Lambda) p, for all tokens"""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .native import call, pointers, rows, strides
+from ..native import call, pointers, rows, strides
 
 Maybe = Tensor | None
 BLOCK = 32

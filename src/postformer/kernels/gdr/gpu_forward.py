@@ -1,6 +1,6 @@
 """The general diagonal + rank-one recurrence in chunks, as Triton kernels: forward, and what the backward recomputes.
 
-Equations as in `gdr_chunk`. Rows r of a chunk are its tokens' micro-steps in time; a token decays at its first row,
+Equations as in `gdr.chunk`. Rows r of a chunk are its tokens' micro-steps in time; a token decays at its first row,
 is read at its last (or before its first), and its other rows neither decay nor read. Families of columns (w with the
 errors of erases, k with v) are worked on one at a time by the same kernels.
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tiles import decay_sum, from_start, head_of, line, put, rows_of, square, table, tile
+from ..gpu.tiles import decay_sum, from_start, head_of, line, put, rows_of, square, table, tile
 
 
 @triton.jit

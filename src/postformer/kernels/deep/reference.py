@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .deep import DeepState, Gates, Rule, Window, choose_rows, clipped, joined, settled, spread
+from . import DeepState, Gates, Rule, Window, choose_rows, clipped, joined, settled, spread
 
 
 def deep_recurrent(

@@ -1,6 +1,6 @@
 """Chunks of the recurrence where each key channel decays by itself: forward and hand-derived backward.
 
-Equations and legend as in `gdr_chunk`; what is inside a chunk is made by `gdr_inside`. A few chunks are worked on at a
+Equations and legend as in `gdr.chunk`; what is inside a chunk is made by `gdr.inside`. A few chunks are worked on at a
 time, in memory that is laid out once: fresh memory costs more than what is done in it.
 """
 
@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from .gdr_head import solve_unit, states_backward, states_forward
-from .gdr_inside import Chunks, by_token, move_down, move_up, put_chunks, tokens, view_chunks
+from .head import solve_unit, states_backward, states_forward
+from .inside import Chunks, by_token, move_down, move_up, put_chunks, tokens, view_chunks
 
 WORKING_SET = 1 << 16
 """Elements of one row or column argument worked on at a time: about thirty such tensors should fit in a cache."""

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gdr_channel import ChannelChunks
-from .gdr_head import HeadChunks
-from .settings import recorded
+from ..settings import recorded
+from .channel import ChannelChunks
+from .head import HeadChunks
 
 RESET = -1e4
 """A log-decay whose exponential is exactly zero in fp32 and fp64, and which can still be added to others."""
