@@ -1,7 +1,9 @@
-"""What the published studies found: docs/sprint.md and docs/recall.md, from their ledgers beside this file.
+"""What the published studies found: pages of docs/, each from the ledgers beside this file.
 
     postformer gauntlet DESIGNS --tier sprint --out runs/sprint    # then copy runs/sprint/ledger.jsonl to sprint.jsonl
     python benchmarks/studies.py sprint [--out runs/sprint-page]   # reads it, trains nothing, writes the pages
+
+The commands stand at the head of each page.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 
 from postformer.report import render
 from postformer.study.asking import ask
+from postformer.study.claims import claims
 from postformer.study.gauntlet import run_gauntlet
 
 HERE = Path(__file__).resolve().parent
@@ -21,35 +24,42 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Published:
-    """A study whose ledger is kept, and the page that tells of it."""
+    """A study whose ledger is kept."""
 
+    ledger: str
     tier: str
     designs: tuple[str, ...]
-    text: str
-    """With {command} and {sections}"""
+    tasks: str | None = None
+    match: str | None = None
+    changes: tuple[str, ...] = ()
+    claims: tuple[str, ...] = ()
+    """Ids of those that the page tells"""
 
     @property
     def command(self) -> str:
-        return f"postformer gauntlet {' '.join(self.designs)} --tier {self.tier} --claims"
+        options = "".join(f" --{name} {value}" for name in ("tasks", "match") if (value := getattr(self, name)))
+        changes = "".join(f" -s {change}" for change in self.changes)
+        return f"postformer gauntlet {' '.join(self.designs)} --tier {self.tier}{options}{changes} --claims"
 
     def result(self, out: Path) -> dict[str, Any]:
         """The result of the ledger; ValueError if it lacks a trial."""
         def refuse(line: str) -> None:
             raise ValueError(f"the ledger lacks a trial of this study, which was run: {line}")
 
-        ledger = (HERE / f"{self.tier}.jsonl").read_text(encoding="utf-8")
-        found = run_gauntlet(ask(self.designs, self.tier, command=self.command), out, merge=ledger, costs=False,
-                             progress=refuse)
+        ledger = (HERE / f"{self.ledger}.jsonl").read_text(encoding="utf-8")
+        plan = ask(self.designs, self.tier, self.tasks, match=self.match, changes=self.changes, command=self.command)
+        found = run_gauntlet(plan, out, merge=ledger, costs=False, progress=refuse)
         render(out)
         return found
 
 
 def table(found: dict[str, Any], task: dict[str, Any]) -> str:
-    """Mean, least and greatest over seeds at every setting; the best of a column is bold."""
+    """Mean, least and greatest over seeds at every setting; the best mean of a column is bold."""
     cells = [c for c in found["cells"] if c["task"] == task["key"]]
     names = [s["name"] for s in task["settings"]]
     scores = {c["design"]: [[s["test"][n][task["metric"]] for s in c["seeds"]] for n in names] for c in cells}
-    best = [max(statistics.mean(scores[d][i]) for d in scores) for i in range(len(names))]
+    ahead = max if task["better"] == "higher" else min
+    best = [ahead(statistics.mean(scores[d][i]) for d in scores) for i in range(len(names))]
     head = [f"{s['name']}{'' if s['inside'] else ' (beyond)'}" for s in task["settings"]]
     lines = [f"| design | params | state | rate | {' | '.join(head)} |",
              "| --- | ---: | ---: | ---: |" + " ---: |" * len(head)]
@@ -113,36 +123,77 @@ best lies at an end; three seeds at the best; validation chose, the test split w
 {sections}
 """
 
-STUDIES = {
-    "sprint": Published(
-        "sprint", ("transformer", "mamba2", "gated-deltanet", "deltaproduct", "rwkv7", "griffin",
-                   "one-step=deltanet-negative",
-                   "two-steps-01=deltaproduct@model.mixers.memory.update.rate=sigmoid"), SPRINT),
-    "recall": Published(
-        "recall", ("transformer", "sliding-window=sliding-window@model.mixers.attention.window=32", "gated-deltanet",
-                   "mamba2=mamba2@model.mixers.mamba.heads.dim_key=16"), RECALL),
+CLAIMS = """# Four claims, tried
+
+```
+{command}
+```
+
+Claims of the literature that need trained models, at sizes that a laptop trains: two layers, some tens of thousands of
+parameters. Designs are matched in parameters for the first three and in FLOPs per token for the last. Learning rates
+are swept on the validation split, three seeds count, the test split was read once. The ledgers are
+`benchmarks/claims.jsonl` and `benchmarks/bytes.jsonl`; `python benchmarks/studies.py claims` makes this page and the
+full reports. What a claim's test is stands in the reports.
+
+{sections}
+"""
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page of docs/."""
+
+    studies: tuple[Published, ...]
+    text: str
+    """With {command} and {sections}"""
+
+    def write(self, name: str, out: Path) -> Path:
+        sections, commands = [], []
+        for i, study in enumerate(self.studies):
+            found = study.result(out / str(i) if i else out)
+            commands.append(study.command)
+            sections += [section(found, task) for task in found["tasks"]]
+            if study.claims:
+                judged = [c for c in claims(found, quick=True) if c.id in study.claims]
+                sections += [f"**{c.id}. {c.title}.** {c.statement} *{c.verdict.capitalize()}.* {c.reason}\n"
+                             for c in judged]
+        page = HERE.parent / "docs" / f"{name}.md"
+        page.write_text(self.text.format(command="\n".join(commands), sections="\n".join(sections)), encoding="utf-8")
+        return page
+
+
+def section(found: dict[str, Any], task: dict[str, Any]) -> str:
+    guess = min(s["chance"] for s in task["settings"])
+    metric = task["metric"].replace("_", " ").capitalize()
+    layers = f"{task['layers']} layer{'s' * (task['layers'] > 1)}"
+    return (f"## {task['key']}\n\n{task['about']} {metric}, mean of three seeds (least to greatest); chance "
+            f"{guess:.3g}; {task['tokens']:,} tokens at most, {layers}, width "
+            f"{task['width']}.\n\n{table(found, task)}\n")
+
+
+PAGES = {
+    "sprint": Page((Published(
+        "sprint", "sprint", ("transformer", "mamba2", "gated-deltanet", "deltaproduct", "rwkv7", "griffin",
+                             "one-step=deltanet-negative",
+                             "two-steps-01=deltaproduct@model.mixers.memory.update.rate=sigmoid")),), SPRINT),
+    "recall": Page((Published(
+        "recall", "recall", ("transformer", "sliding-window=sliding-window@model.mixers.attention.window=32",
+                             "gated-deltanet", "mamba2=mamba2@model.mixers.mamba.heads.dim_key=16")),), RECALL),
+    "claims": Page((
+        Published("claims", "standard", ("transformer", "qwen3-next", "gated-deltanet", "mamba2", "mamba"),
+                  "composition,aggregate-count,recall-perplexity", "params", ("composition.tokens=4000000",),
+                  ("T6", "T12", "T13")),
+        Published("bytes", "standard", ("transformer", "mamba", "mamba2"), "bytes", "flops", claims=("T14",)),
+    ), CLAIMS),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=list(STUDIES))
+    parser.add_argument("page", choices=list(PAGES))
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    study = STUDIES[asked.study]
-    found = study.result(asked.out or Path("runs") / f"{asked.study}-page")
-    sections = []
-    for task in found["tasks"]:
-        guess = min(s["chance"] for s in task["settings"])
-        metric = task["metric"].replace("_", " ").capitalize()
-        sections.append(
-            f"## {task['key']}\n\n{task['about']} {metric}, mean of three seeds (least to greatest); chance "
-            f"{guess:.3g}; "
-            f"{task['tokens']:,} tokens at most, {task['layers']} layer{'s' * (task['layers'] > 1)}, width "
-            f"{task['width']}.\n\n{table(found, task)}\n")
-    page = HERE.parent / "docs" / f"{asked.study}.md"
-    page.write_text(study.text.format(command=study.command, sections="\n".join(sections)), encoding="utf-8")
-    print(page)
+    print(PAGES[asked.page].write(asked.page, asked.out or Path("runs") / f"{asked.page}-page"))
 
 
 if __name__ == "__main__":
