@@ -7,9 +7,12 @@ from pathlib import Path
 
 import torch
 
-from postformer.kernels import gdr, max_plus_scan, native, scan, selective_scan
+import postformer
+from postformer.kernels import attend, gdr, max_plus_scan, native, scan, selective_scan
 from postformer.kernels.convolution import short_convolution
 from postformer.kernels.rows import gated, norm, turned
+from postformer.kernels.tape import record
+from postformer.sampling.stepper import Stepper
 
 library = native.Native(ctypes.CDLL(str(Path(sys.argv[1]))), "sanitized")
 native.native = lambda: library
@@ -62,4 +65,20 @@ for B, T, D, N, dtype in itertools.product((2,), (1, 2, 35), (1, 17, 130), (1, 5
         x, = tensors((B, 2, T, D), dtype=dtype)
         angles = torch.rand(1, 1, T, D // 2, dtype=dtype)
         ran += backward([turned(x, angles, angles, interleaved, backend="native") for interleaved in (False, True)])
+
+
+with torch.inference_mode():
+    for name in ("transformer", "sliding-window", "mamba", "gated-deltanet", "rwkv7", "lstm"):
+        model = postformer.load(name, ["model.vocab=40"], width=32, layers=2).build().eval()
+        stepper = Stepper(model, model(torch.randint(0, 40, (2, 3))).state)
+        for _ in range(40):  # the room runs out once
+            stepper.step(torch.randint(0, 40, (2,)))
+        assert stepper.tape is not None, stepper.reason
+        ran += 1
+    for heads, group, d, room in itertools.product((1, 2), (1, 3), (1, 20, 33), (1, 17, 600)):
+        given = [torch.randn(2, heads * group, d), torch.randn(2, 2, heads, d), torch.randn(2, room, 2, heads, d),
+                 torch.tensor([0, room + 3])]
+        _, _, tape = record(lambda given=given: ([*attend(*given, 0.3)], []), given, [])
+        tape.run()
+        ran += 1
 print("ran", ran)

@@ -408,74 +408,7 @@ static int gather(const instruction *I) {
   return 0;
 }
 
-/* One token of softmax attention. n: rows B, query heads, key heads, channels, places; y, a (query) [B, Hq, d] dense;
-   b (new key and value) [B, 2, Hk, d] dense; c: the list [B, places, 2, Hk, d]; d: its [B] count before the token.
-   The token takes place count (mod places), and sees the last `places` tokens. alpha scales. */
-static int attend(const instruction *I) {
-  const long B = I->n[0], Hq = I->n[1], Hk = I->n[2], d = I->n[3], P = I->n[4], group = Hq / Hk, row = 2 * Hk * d;
-  arena room;
-  const long line = (P + VL) / VL * VL;
-  if (!open_arena(&room, Hq * line * sizeof(REAL) + 256)) return 1;
-  REAL *p = take(&room, Hq * line);
-  for (long b = 0; b < B; b++) {
-    const int64_t count = ((int64_t *)I->d.p)[b];
-    REAL *list = REAL_AT(&I->c) + b * I->c.s[0], *y = REAL_AT(&I->y) + b * Hq * d;
-    const REAL *q = REAL_AT(&I->a) + b * Hq * d;
-    const long used = least(count + 1, P), padded = (used + VL - 1) / VL * VL;
-    memcpy(list + count % P * row, REAL_AT(&I->b) + b * row, row * sizeof(REAL));
-    /* All heads on one place after another: the list is read from the front to the back. */
-    for (long i = 0; i < used; i++)
-      for (long h = 0; h < Hq; h++)
-        p[h * line + i] = dot(q + h * d, list + i * row + h / group * d, d) * (REAL)I->alpha;
-    for (long h = 0; h < Hq; h++) {
-      REAL *w = p + h * line, top = w[0];
-      for (long i = 1; i < used; i++) if (w[i] > top || w[i] != w[i]) top = w[i];
-      for (long i = used; i < padded; i++) w[i] = -INFINITY;
-      vec total = {0};
-      for (long i = 0; i < padded; i += VL) total += LOOSE(w + i) = exp_of(LOOSE(w + i) - top);
-      const REAL sum = sum_of(total);
-      for (long i = 0; i < padded; i += VL) LOOSE(w + i) = LOOSE(w + i) / sum;
-    }
-    memset(y, 0, Hq * d * sizeof(REAL));
-    for (long i = 0; i < used; i++)
-      for (long h = 0; h < Hq; h++) {
-        const REAL share = p[h * line + i], *restrict at = list + i * row + (Hk + h / group) * d;
-        REAL *restrict into = y + h * d;
-        long j = 0;
-        for (; j + VL <= d; j += VL) LOOSE(into + j) += share * LOOSE(at + j);
-        for (; j < d; j++) into[j] += share * at[j];
-      }
-  }
-  return 0;
-}
-
-/* One token of the selective scan. n: B, D, N; y, a (input), b (step size) [B, D]; c: [B, 2, N], what is written by
-   and read from; d: state [B, D, N], overwritten; A [D, N] follows as the next instruction's a. */
-static void scan_step(const instruction *I) {
-  const long B = I->n[0], D = I->n[1], N = I->n[2];
-  const REAL *A = REAL_AT(&(I + 1)->a);
-  for (long b = 0; b < B; b++) {
-    const REAL *x = REAL_AT(&I->a) + b * D, *dt = REAL_AT(&I->b) + b * D;
-    const REAL *in = REAL_AT(&I->c) + b * I->c.s[0], *out = REAL_AT(&(I + 1)->b) + b * (I + 1)->b.s[0];
-    for (long i = 0; i < D; i++) {
-      REAL *h = REAL_AT(&I->d) + (b * D + i) * N;
-      const REAL *decay = A + i * N, step = dt[i], value = dt[i] * x[i];
-      vec sum = {0};
-      REAL rest = 0;
-      long n = 0;
-      for (; n + VL <= N; n += VL) {
-        vec s = exp_of(step * LOOSE(decay + n)) * LOOSE(h + n) + value * LOOSE(in + n);
-        LOOSE(h + n) = s;
-        sum += s * LOOSE(out + n);
-      }
-      for (; n < N; n++) {
-        h[n] = (REAL)exp((double)(step * decay[n])) * h[n] + value * in[n];
-        rest += h[n] * out[n];
-      }
-      REAL_AT(&I->y)[b * D + i] = sum_of(sum) + rest;
-    }
-  }
-}
+#include "tape_steps.h"
 
 /* Runs the tape; 0, or 1 where there is no memory, or 2 where an index is out of range. */
 int NAME(tape_run)(const instruction *I, int64_t count, int threads) {
@@ -485,7 +418,7 @@ int NAME(tape_run)(const instruction *I, int64_t count, int threads) {
     else if (I->kind <= LAYER_NORM) rowwise(I);
     else if (I->kind == MATMUL) matmul(I, threads);
     else if (I->kind == GATHER) failed = gather(I);
-    else if (I->kind == ATTEND) failed = attend(I);
+    else if (I->kind == ATTEND) failed = attend(I, threads);
     else if (I->kind == SCAN_STEP) scan_step(I++);
     if (failed) return failed;
   }

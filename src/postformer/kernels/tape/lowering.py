@@ -250,7 +250,7 @@ def _reduced(name: str, args: Any, options: Any, writes: list[Tensor], dtype: to
             size *= a.shape[d]
     if len(sizes) + 1 > RANK:
         raise NotRecordable(f"{name} of {a.ndim} dimensions")
-    each = [Operand(out, [*kept.stride(), 0]), Operand(a, [*strides, stride or 1])]
+    each = [Operand(out, [*kept.stride(), 0]), Operand(a, [*strides, stride if size > 1 else 1])]
     return [Instruction(name, [*sizes, size], each)]
 
 

@@ -96,7 +96,7 @@ def _by_length(name: str, config: BenchConfig) -> dict[str, Any]:
         return out | {"failed": str(error)}
     sides = {str(n): clocked(ours(lambda n=n: _step(model, tokens[:, :n]), config.backend), config.device)
              for n in sizes.tokens}
-    times = by_turns(sides, sizes.rounds, config.seconds)
+    times = by_turns(sides, sizes.rounds, 4 * config.seconds)  # the first run of the longest finds cold memory
     kept = [kept_bytes(ours(lambda n=n: model(tokens[:, :n]), config.backend), model) for n in sizes.tokens]
     points = [{"tokens": n, **summary(times[str(n)]), "kept_bytes": k} for n, k in zip(sizes.tokens, kept)]
     return out | {"backend": backend, "points": points,
