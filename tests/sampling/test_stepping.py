@@ -13,7 +13,8 @@ from postformer.sampling.policy import seen_in
 from postformer.sampling.stepper import Stepper
 
 GREEDY = Policy(temperature=0)
-SMALL = ["mamba", "mamba2", "gated-deltanet", "transformer", "sliding-window", "griffin", "rwkv7", "lstm"]
+SMALL = ["mamba", "mamba2", "gated-deltanet", "transformer", "sliding-window", "griffin", "rwkv7", "lstm", "ttt-mlp",
+         "titans-lmm", "atlas", "memora"]
 compiled = pytest.mark.skipif(native.native().library is None, reason="no C compiler")
 
 
@@ -58,7 +59,7 @@ def test_a_step_in_double_precision(models):
     torch.testing.assert_close(trace.log_probability, wanted.float(), atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["titans-lmm", "deepseek-moe"])
+@pytest.mark.parametrize("name", ["titans-mac", "deepseek-moe"])
 def test_what_cannot_be_recorded_runs_as_it_is(models, name):
     model = postformer.load(name, ["model.vocab=40"], width=32, layers=2).build().eval()
     with torch.inference_mode():

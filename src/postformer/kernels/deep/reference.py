@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tape import recording
 from . import DeepState, Gates, Rule, Window, choose_rows, clipped, joined, settled, spread
 
 
@@ -74,7 +75,7 @@ def deep_recurrent(
         phase = state.phase + taken.long()
         full = phase == rule.chunk
         state = DeepState(state.frozen, running, momentum, step, window, phase % rule.chunk)
-        if bool(full.any()):
+        if recording() or bool(full.any()):
             state = choose_rows(full, settled(state, rule), state)
     o = torch.cat(out, 2)
     return (o if valid is None else o.masked_fill(~valid[:, None, :, None], 0)), state

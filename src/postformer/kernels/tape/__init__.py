@@ -91,6 +91,11 @@ class _Values(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def recording() -> bool:
+    """Whether what happens now is being recorded, so that a shortcut that asks a tensor's value must not be taken."""
+    return _recorder.get() is not None
+
+
 def fused(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable[..., Any]:
     """A function of tensors that a tape runs as one instruction of its own (see lowering.FUSED); arguments by
     position. What it overwrites must be among its results."""

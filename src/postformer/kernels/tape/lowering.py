@@ -295,14 +295,14 @@ def _gathered(name: str, args: Any, options: Any, writes: list[Tensor], dtype: t
         flat, strides = out.reshape(-1, a.shape[1]), [0, a.stride(1)]
         index = index[:, None].expand(flat.shape)
     elif name == "index":
-        a, chosen = args[0], args[1]
-        if len(chosen) != 1 or chosen[0].dtype != torch.int64 or chosen[0].ndim != 1:
+        a, named = args[0], [(d, i) for d, i in enumerate(args[1]) if i is not None]
+        if len(named) != 1 or named[0][1].dtype != torch.int64 or named[0][1].ndim != 1:
             raise NotRecordable("an index of several dimensions")
-        dim, flat, index = 0, out, chosen[0].view(-1, *(1,) * (out.ndim - 1)).expand(out.shape)
-        strides = [0, *a.stride()[1:]]
+        dim, index = named[0]
     else:
         a, dim, index = args[0], args[1] % args[0].ndim, args[2]
-        if name == "index_select":
+    if name != "embedding":
+        if name in ("index", "index_select"):
             index = index.view(*(-1 if d == dim else 1 for d in range(out.ndim))).expand(out.shape)
         flat, strides = out, [0 if d == dim else s for d, s in enumerate(a.stride())]
     if flat.ndim > RANK or index.dtype != torch.int64:

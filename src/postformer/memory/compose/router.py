@@ -67,7 +67,8 @@ class Router(Composite):
         share = (raw if raw.dtype == torch.float64 else raw.float()).softmax(-1)
         weight = share
         if self.design.top == 1:
-            hard = torch.zeros_like(share).scatter(-1, share.argmax(-1, keepdim=True), 1.0)
+            each = torch.arange(share.shape[-1], device=share.device)
+            hard = (each == share.argmax(-1, keepdim=True)).to(share.dtype)
             weight = hard + (share - share.detach())
         pasts = self.pasts(state, ctx)
         outs = [child(x, past, self._gates(weight[..., i], ctx)) for i, (child, past) in enumerate(zip(self.of, pasts))]
