@@ -16,7 +16,7 @@ from postformer.study.ledger import Ledger
 from postformer.training import read_run
 
 SMALL = ["tokens=2048", "batch_size=8", "width=16", "head=8", "layers=1", "test_batches=2", "evaluate_batches=2",
-         "extend=0"]
+         "extend=0", "finalists=1"]
 TASKS = '''
 import os, time, torch
 from postformer.task import Task, TaskBatch, Difficulties

@@ -10,7 +10,8 @@ from postformer.study.asking import design, entries
 from postformer.study.cell import SWEEP_SEED, Cell
 from postformer.study.ledger import Ledger, LedgerError, Outcome, TestSplitRead
 
-ENTRY = entries("standard", "mqar", ["tokens=4000", "batch_size=4", "rates=[0.001, 0.003, 0.01]", "extend=0"])["mqar"]
+ENTRY = entries("standard", "mqar", ["tokens=4000", "batch_size=4", "rates=[0.001, 0.003, 0.01]", "extend=0",
+                                     "finalists=1"])["mqar"]
 
 
 @pytest.fixture
@@ -172,6 +173,32 @@ def test_many_rates_are_halved(cell):
         outcomes |= {t.id: done(t.rate) for t in new}
     assert many.rate(outcomes) == pytest.approx(8e-3)
     assert [t.tokens for t in many.wanted(outcomes) if t.stage == "final"] == [16000]
+
+
+def test_the_best_two_prove_themselves_with_all_tokens(cell):
+    """The rate that wins a quarter is too high for the whole; a finalist that fails gives its place to the next."""
+    entry = ENTRY.model_copy(update={"finalists": 2})
+    two, outcomes = Cell("gated-deltanet", entry, cell.recipe, 2), {}
+
+    def known(trials, score):
+        outcomes.update({t.id: done(score(t.rate)) for t in trials})
+
+    quarter = two.wanted({})
+    assert two.unknown({}) == 4
+    known(quarter, lambda rate: rate)
+    finalists = [t for t in two.wanted(outcomes) if t.id not in outcomes]
+    assert [(t.stage, t.rate, t.tokens) for t in finalists] == [("sweep", 0.01, 4000), ("sweep", 0.003, 4000)]
+    assert two.rate(outcomes) is None
+    assert two.unknown(outcomes) == 2
+    known(finalists, lambda rate: -rate)
+    assert two.rate(outcomes) == 0.003
+    assert [t.rate for t in two.finals(outcomes)] == [0.003, 0.003]
+    outcomes[finalists[1].id] = FAILED
+    assert [t.rate for t in two.wanted(outcomes) if t.id not in outcomes] == [0.001]
+    outcomes[finalists[0].id] = FAILED
+    known(two.sweep(outcomes)[-1][2:], lambda rate: 0.5)
+    assert two.rate(outcomes) == 0.001
+    assert not two.failed(outcomes)
 
 
 def test_a_sweep_goes_on_where_its_best_rate_lies_at_an_end(cell):

@@ -1,8 +1,9 @@
 """Cell: one design on one entry, and the trials that judge it.
 
 The learning rates are halved by their validation scores until at most three are left; those get a quarter of the
-budget. While the best lies at an end of what was tried, the next rate beyond it is tried too, some times. The best gets
-the whole budget, once per seed. Only these final trials read the test split.
+budget. While the best lies at an end of what was tried, the next rate beyond it is tried too, some times. The best two
+get the whole budget once, since a rate that is best for a quarter may be too high for all of it. The better gets the
+whole budget, once per seed. Only these final trials read the test split.
 """
 
 from __future__ import annotations
@@ -66,7 +67,21 @@ class Cell:
             rates = sorted(t.rate for t in ranked[: sizes[len(rounds)]])
         if len(rounds) == len(sizes):
             rounds[-1] += self._beyond(rounds[-1], outcomes)
+            ranked = self._ranked(rounds[-1], outcomes)
+            if ranked and len(ranked) > 1 and self.entry.finalists > 1:
+                rounds.append(self._finalists(ranked, outcomes))
         return rounds
+
+    def _finalists(self, ranked: list[Trial], outcomes: Mapping[str, Outcome]) -> list[Trial]:
+        """The best with the whole budget; the next best in the place of one that failed there."""
+        found, left = [], self.entry.finalists
+        for trial in ranked:
+            found.append(self.trial("sweep", trial.rate, SWEEP_SEED, self.tokens))
+            outcome = outcomes.get(found[-1].id)
+            left -= outcome is None or outcome.status == "finished"
+            if not left:
+                break
+        return found
 
     def _beyond(self, last: list[Trial], outcomes: Mapping[str, Outcome]) -> list[Trial]:
         """Trials past an end of the sweep, as long as the best one lies there."""
@@ -100,7 +115,8 @@ class Cell:
         """How many more will be needed, about."""
         if self.finals(outcomes) or self.failed(outcomes):
             return 0
-        return self.seeds
+        chosen = self.sweep(outcomes)[-1][0].tokens == self.tokens
+        return self.seeds + (0 if chosen or self.entry.finalists < 2 else self.entry.finalists)
 
     def failed(self, outcomes: Mapping[str, Outcome]) -> bool:
         """Whether no rate could be trained."""

@@ -66,12 +66,14 @@ class Entry(_Data):
     """Whether recipes keep their short convolutions; what has no form without (RWKV-7's token shift) keeps it anyhow"""
     batch_size: int = 64
     tokens: int = Field(gt=0)
-    """Training budget of one trial; the sweep of learning rates has a quarter of it"""
+    """Training budget of one trial; the sweep of learning rates begins with a quarter of it"""
     equal: Literal["tokens", "flops"] = "tokens"
     """flops: the first design has the tokens, every other as many as cost the same training FLOPs"""
     rates: tuple[float, ...] = Field(default=(1e-3, 3e-3, 1e-2), min_length=3)
     extend: int = Field(default=2, ge=0)
     """How often a sweep whose best rate lies at an end may go one step further there"""
+    finalists: int = Field(default=2, ge=1)
+    """How many of the best rates get the whole budget before one is chosen; 1: a quarter of it decides"""
     until: float | None = 0.995
     """A trial stops early where validation is so good at every setting (negative where less is better)"""
     evaluate_batches: int = 8

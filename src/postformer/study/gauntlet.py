@@ -69,8 +69,10 @@ class Plan:
     def lines(self) -> list[str]:
         """What will be done, for people; deeper models than the entry asks for are named."""
         rates = max(len(entry.rates) for entry in self.entries.values())
+        finalists = max(entry.finalists for entry in self.entries.values())
+        again = f"the best {finalists} on all of it, " if finalists > 1 else ""
         out = [f"{len(self.designs)} designs x {len(self.entries)} tasks: {rates} learning rates on a quarter of the "
-               f"budget, then {self.seeds} seed{'s' * (self.seeds > 1)} at the best"]
+               f"budget, {again}then {self.seeds} seed{'s' * (self.seeds > 1)} at the best"]
         if self.match:
             first = next(iter(self.designs))
             out.append(f"matched in {self.match} to {first}: " + "; ".join(

@@ -213,11 +213,14 @@ def _table(study: Study, trial: Trial, metric: str, swatches: dict[str, str]) ->
 
 def _training(cell: dict[str, Any]) -> dict[str, Any]:
     seeds = cell.get("seeds") or []
-    sweep = []
-    for trial in cell.get("sweep") or []:
+    sweep, tried = [], cell.get("sweep") or []
+    last = [t for t in tried if t.get("tokens") == max(t.get("tokens") or 0 for t in tried)]
+    for trial in tried:
         value = number(trial.get("validation"))
         found = str(trial.get("status") or "failed") if value is None else f"{value:.3f}"
-        sweep.append(f"{trial['rate']:g}: {found}{' ◂' if trial['rate'] == cell.get('rate') else ''}")
+        whole = " with all tokens" if trial in last and len(last) < len(tried) else ""
+        chosen = " ◂" if trial in last and trial["rate"] == cell.get("rate") else ""
+        sweep.append(f"{trial['rate']:g}: {found}{whole}{chosen}")
     tokens = [t for s in seeds if (t := number(s.get("tokens"))) is not None]
     seconds = [t for s in seeds if (t := number(s.get("seconds"))) is not None]
     ends = [str(s.get("stopped") or "unknown") for s in seeds]
