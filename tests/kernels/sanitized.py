@@ -48,8 +48,8 @@ def backward(found):
 for B, T, D, N, dtype in itertools.product((2,), (1, 2, 35), (1, 17, 130), (1, 5),
                                            (torch.float32, torch.float64)):
     reset = torch.rand(B, T) < 0.2
-    x, dt, A, Bt, C, h = tensors((B, T, D), (B, T, D), (D, N), (B, T, N), (B, T, N), (B, D, N), dtype=dtype)
-    ran += backward(selective_scan(x, dt, -A, Bt, C, h0=h, reset=reset, emit=8, backend="native"))
+    x, dt, A, Bt, C, h, skip = tensors((B, T, D), (B, T, D), (D, N), (B, T, N), (B, T, N), (B, D, N), (D,), dtype=dtype)
+    ran += backward(selective_scan(x, dt, -A, Bt, C, h0=h, reset=reset, emit=8, backend="native", skip=skip))
     a, b, h = tensors((B, T, D), (B, T, D), (B, D), dtype=dtype)
     ran += backward([scan(a, b, h, reset, backend="native")])
     max_plus_scan(a, b, h, reset, backend="native")

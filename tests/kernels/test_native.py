@@ -149,6 +149,12 @@ def test_a_compiler_that_fails_says_why(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(COMPILER is None or os.environ.get("POSTFORMER_NATIVE") == "0", reason="no C compiler")
+def test_where_there_is_a_compiler_it_builds():
+    """Else every test of compiled code would be left out, in silence."""
+    assert native.native().library is not None, native.native().reason
+
+
 @pytest.mark.skipif(COMPILER is None, reason="no C compiler")
 def test_it_is_built_once(tmp_path):
     flags = ("-O0", *native.FLAGS[:1], "-march=native", "-shared", "-fPIC")

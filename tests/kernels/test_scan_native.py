@@ -65,14 +65,19 @@ def resets(B, T, seed):
 @given(
     B=st.integers(1, 3), T=st.integers(1, 80), D=st.sampled_from([1, 3, 16, 33, 130, 257]), N=st.integers(1, 20),
     scale=st.sampled_from([0.01, 1.0, 60.0]), emit=st.sampled_from([None, 1, 7, 32, 48, 99]), cut=st.booleans(),
-    strided=st.booleans(), seed=st.integers(0, 99),
+    skips=st.booleans(), strided=st.booleans(), seed=st.integers(0, 99),
 )
-def test_selective_scan_equals_tokens(B, T, D, N, scale, emit, cut, strided, seed):
+def test_selective_scan_equals_tokens(B, T, D, N, scale, emit, cut, skips, strided, seed):
     args, reset = selective_arguments(B, T, D, N, seed), resets(B, T, seed) if cut else None
+    args += [drawing(seed + 1)(D)] * skips
+
+    def run(backend, *z):
+        return selective_scan(*z[:6], reset, emit, backend, *z[6:])
+
     with use(decay_scale=scale):
-        expected = everything(lambda *z: selective_scan(*z, reset, emit, "reference"), args)
+        expected = everything(lambda *z: run("reference", *z), args)
         for dtype, relative in PRECISIONS:
-            found = everything(lambda *z: selective_scan(*z, reset, emit, "native"), args, dtype,
+            found = everything(lambda *z: run("native", *z), args, dtype,
                                scattered if strided else torch.clone)
             assert_close(found, expected, relative)
 

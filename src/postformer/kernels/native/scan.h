@@ -145,12 +145,13 @@ static selective NAME(read_selective)(const int64_t *n, void **p, const int64_t 
 }
 
 /* Pointers: x dt b c reset from | A h0 y last emitted kept [blocks, B, D, N] in some
-   order of their own; h0, emitted, kept may be missing. */
+   order of their own, skip [D]; h0, emitted, kept, skip may be missing. */
 int NAME(selective_forward)(const int64_t *n, void **p, const int64_t *strides, int threads) {
   const selective whole = NAME(read_selective)(n, p, strides), *z = &whole;
   const REAL *A0 = p[6], *h0 = p[7];
   const stream y0 = {p[8], strides[10], strides[11]};
   REAL *last = p[9], *emitted = p[10], *kept = p[11];
+  const REAL *skip0 = p[12];
   long N = z->N, D = z->D, W = z->W, L = z->L;
   int failed = 0;
   (void)threads;
@@ -158,15 +159,17 @@ int NAME(selective_forward)(const int64_t *n, void **p, const int64_t *strides, 
   for (long item = 0; item < z->B * z->G; item++) {
     long b = item / z->G, d0 = item % z->G * z->group, width = least(z->group, D - d0);
     arena a;
-    if (!open_arena(&a, (3 * W * z->Np + (3 * W + 1) * L) * sizeof(REAL) + 4096)) {
+    if (!open_arena(&a, (3 * W * z->Np + W + (3 * W + 1) * L) * sizeof(REAL) + 4096)) {
       failed = 1;
       continue;
     }
     REAL *A = take(&a, W * z->Np), *S = take(&a, W * z->Np), *rows = take(&a, W * z->Np);
-    REAL *dt = take(&a, W * L), *u = take(&a, W * L), *y = take(&a, W * L);
+    REAL *dt = take(&a, W * L), *u = take(&a, W * L), *y = take(&a, W * L), *skip = take(&a, W);
     uint8_t *cut_here = (uint8_t *)take(&a, L);
     NAME(states_in)(z, A0 + d0 * N, width, rows, A);
     NAME(states_in)(z, h0 ? h0 + (b * D + d0) * N : NULL, width, rows, S);
+    memset(skip, 0, W * sizeof(REAL));
+    if (skip0) memcpy(skip, skip0 + d0, width * sizeof(REAL));
     for (long m = 0; m < z->blocks; m++) {
       long t = z->from[m], len = z->from[m + 1] - t;
       if (z->emit && t % z->emit == 0)
@@ -179,7 +182,11 @@ int NAME(selective_forward)(const int64_t *n, void **p, const int64_t *strides, 
       NAME(fetch)(dt, &z->dt, b, t, len, d0, width, L);
       NAME(fetch)(u, &z->x, b, t, len, d0, width, L);
       for (long v = 0; v < width; v += VL) {
-        for (long i = v * L; i < v * L + len * VL; i += VL) AT(u + i) *= AT(dt + i), AT(y + i) = (vec){0};
+        for (long i = v * L; i < v * L + len * VL; i += VL) {
+          AT(y + i) = (vec){0};
+          if (skip0) AT(y + i) = AT(skip + v) * AT(u + i);
+          AT(u + i) *= AT(dt + i);
+        }
         for (long s = 0, M; s < N; s += M) {
           const REAL *B = z->b.p + b * z->b.b + t * z->b.t + s, *C = z->c.p + b * z->c.b + t * z->c.t + s;
           M = least(TOGETHER, N - s);
@@ -198,13 +205,15 @@ int NAME(selective_forward)(const int64_t *n, void **p, const int64_t *strides, 
 }
 
 /* Pointers: x dt b c reset from | A kept, grads of y, last, emitted; grads of x, dt, b and c [G, B, T, N], of A
-   [B, D, N], of h0. Missing may be the given gradients of last and emitted. Strides of the grads of y, x, dt. */
+   [B, D, N], of h0; skip, its grads [B, D]. Missing may be the given gradients of last and emitted, and skip. Strides
+   of the grads of y, x, dt. */
 int NAME(selective_backward)(const int64_t *n, void **p, const int64_t *strides, int threads) {
   const selective whole = NAME(read_selective)(n, p, strides), *z = &whole;
   const REAL *A0 = p[6], *kept = p[7], *grad_last = p[9], *grad_emitted = p[10];
   const stream gy0 = {p[8], strides[10], strides[11]}, gx0 = {p[11], strides[12], strides[13]},
                gdt0 = {p[12], strides[14], strides[15]};
-  REAL *gb0 = p[13], *gc0 = p[14], *gA0 = p[15], *gh0 = p[16];
+  REAL *gb0 = p[13], *gc0 = p[14], *gA0 = p[15], *gh0 = p[16], *gskip0 = p[18];
+  const REAL *skip0 = p[17];
   long N = z->N, D = z->D, W = z->W, L = z->L;
   int failed = 0;
   (void)threads;
@@ -212,7 +221,7 @@ int NAME(selective_backward)(const int64_t *n, void **p, const int64_t *strides,
   for (long item = 0; item < z->B * z->G; item++) {
     long b = item / z->G, g = item % z->G, d0 = g * z->group, width = least(z->group, D - d0);
     arena a;
-    if (!open_arena(&a, (5 * W * z->Np + (6 * W + 1) * L + (4 * TOGETHER + 1) * VL * L) * sizeof(REAL) + 4096)) {
+    if (!open_arena(&a, (5 * W * z->Np + 2 * W + (6 * W + 1) * L + (4 * TOGETHER + 1) * VL * L) * sizeof(REAL) + 4096)) {
       failed = 1;
       continue;
     }
@@ -222,10 +231,14 @@ int NAME(selective_backward)(const int64_t *n, void **p, const int64_t *strides,
     REAL *gu = take(&a, W * L), *gdt = take(&a, W * L);
     REAL *gb = take(&a, TOGETHER * VL * L), *gc = take(&a, TOGETHER * VL * L), *turned = take(&a, VL * L);
     REAL *decay = take(&a, TOGETHER * VL * L), *found = take(&a, TOGETHER * VL * L);
+    REAL *skip = take(&a, W), *gskip = take(&a, W);
     uint8_t *cut_here = (uint8_t *)take(&a, L);
     NAME(states_in)(z, A0 + d0 * N, width, rows, A);
     NAME(states_in)(z, grad_last ? grad_last + (b * D + d0) * N : NULL, width, rows, carry);
     memset(gA, 0, W * z->Np * sizeof(REAL));
+    memset(skip, 0, W * sizeof(REAL));
+    memset(gskip, 0, W * sizeof(REAL));
+    if (skip0) memcpy(skip, skip0 + d0, width * sizeof(REAL));
     for (long m = z->blocks - 1; m >= 0; m--) {
       long t = z->from[m], len = z->from[m + 1] - t;
       memset(S, 0, N * W * sizeof(REAL));
@@ -262,6 +275,7 @@ int NAME(selective_backward)(const int64_t *n, void **p, const int64_t *strides,
         for (long i = v * L; i < v * L + len * VL; i += VL) {
           AT(gdt + i) += AT(gu + i) * AT(x + i);
           AT(gu + i) *= AT(dt + i);
+          if (skip0) AT(gu + i) += AT(skip + v) * AT(gy + i), AT(gskip + v) += AT(gy + i) * AT(x + i);
         }
       NAME(put)(gu, &gx0, b, t, len, d0, width, L);
       NAME(put)(gdt, &gdt0, b, t, len, d0, width, L);
@@ -272,6 +286,7 @@ int NAME(selective_backward)(const int64_t *n, void **p, const int64_t *strides,
     }
     NAME(states_out)(z, carry, width, rows, gh0 + (b * D + d0) * N);
     NAME(states_out)(z, gA, width, rows, gA0 + (b * D + d0) * N);
+    if (skip0) memcpy(gskip0 + b * D + d0, gskip, width * sizeof(REAL));
   }
   return failed;
 }

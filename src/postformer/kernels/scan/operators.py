@@ -41,8 +41,8 @@ def _outputs(x: Tensor, A: Tensor, emit: int, keep: bool) -> tuple[Tensor, Tenso
 
 
 @torch.library.custom_op("postformer::selective_scan", mutates_args=(), device_types="cpu")
-def selective(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Maybe, reset: Maybe, emit: int,
-              keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def selective(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Maybe, reset: Maybe, skip: Maybe,
+              emit: int, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Shapes as in `selective_scan`; emit: 0 for none.
 
     Returns (y [Bt, T, D], h [Bt, D, N], emitted [Bt, ceil(T / emit), D, N], kept [blocks, Bt, D, N] the state before
@@ -50,55 +50,58 @@ def selective(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Maybe,
     """
     y, h, emitted, kept = found = _outputs(x, A, emit, keep)
     x, dt, B, C = map(rows, (x, dt, B, C))
-    A, h0 = A.contiguous(), None if h0 is None else h0.contiguous()
+    A, h0, skip = A.contiguous(), *(None if z is None else z.contiguous() for z in (h0, skip))
     call("selective_forward", x.dtype, _sizes(x, A, emit),
          [*pointers(x, dt, B, C, reset), ctypes.addressof(_blocks(x.shape[1], emit)),
-          *pointers(A, h0, y, h, emitted if emit else None, kept if keep else None)],
+          *pointers(A, h0, y, h, emitted if emit else None, kept if keep else None, skip)],
          strides(2, x, dt, B, C, reset, y))
     return found
 
 
 @selective.register_fake
-def _(x, dt, A, B, C, h0, reset, emit, keep):
+def _(x, dt, A, B, C, h0, reset, skip, emit, keep):
     return _outputs(x, A, emit, keep)
 
 
 @torch.library.custom_op("postformer::selective_scan_backward", mutates_args=(), device_types="cpu")
 def selective_backward(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, reset: Maybe, kept: Tensor, grad_y: Maybe, grad_h: Maybe,
-    grad_emitted: Maybe, emit: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dt, A, B, C and h0."""
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, reset: Maybe, skip: Maybe, kept: Tensor, grad_y: Maybe,
+    grad_h: Maybe, grad_emitted: Maybe, emit: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, A, B, C, h0 and skip (of no entries where there is none)."""
     x, dt, B, C = map(rows, (x, dt, B, C))
     A, new = A.contiguous(), x.new_empty
     grad_y = new(1).zero_().expand(x.shape).contiguous() if grad_y is None else rows(grad_y)
-    grad_h, grad_emitted = (None if z is None else z.contiguous() for z in (grad_h, grad_emitted))
+    grad_h, grad_emitted, skip = (None if z is None else z.contiguous() for z in (grad_h, grad_emitted, skip))
     grad_x, grad_dt = new(x.shape), new(x.shape)
     grad_B, grad_C = (new(-(-x.shape[2] // GROUP), *B.shape) for _ in range(2))
     grad_A, grad_h0 = (new(x.shape[0], *A.shape) for _ in range(2))
+    grad_skip = new(x.shape[0], 0 if skip is None else x.shape[2])
     call("selective_backward", x.dtype, _sizes(x, A, emit),
          [*pointers(x, dt, B, C, reset), ctypes.addressof(_blocks(x.shape[1], emit)),
-          *pointers(A, kept, grad_y, grad_h, grad_emitted, grad_x, grad_dt, grad_B, grad_C, grad_A, grad_h0)],
+          *pointers(A, kept, grad_y, grad_h, grad_emitted, grad_x, grad_dt, grad_B, grad_C, grad_A, grad_h0, skip,
+                    grad_skip)],
          strides(2, x, dt, B, C, reset, grad_y, grad_x, grad_dt))
-    return grad_x, grad_dt, grad_A.sum(0), grad_B.sum(0), grad_C.sum(0), grad_h0
+    return grad_x, grad_dt, grad_A.sum(0), grad_B.sum(0), grad_C.sum(0), grad_h0, grad_skip.sum(0)
 
 
 @selective_backward.register_fake
-def _(x, dt, A, B, C, reset, kept, *_):
+def _(x, dt, A, B, C, reset, skip, kept, *_):
     new = x.new_empty
-    return new(x.shape), new(x.shape), new(A.shape), new(B.shape), new(B.shape), new(kept.shape[1:])
+    return (new(x.shape), new(x.shape), new(A.shape), new(B.shape), new(B.shape), new(kept.shape[1:]),
+            new(0 if skip is None else x.shape[2]))
 
 
 def _keep_selective(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, dt, A, B, C, h0, reset, ctx.emit, _ = inputs
-    ctx.save_for_backward(x, dt, A, B, C, reset, output[3])
-    ctx.started = h0 is not None
+    x, dt, A, B, C, h0, reset, skip, ctx.emit, _ = inputs
+    ctx.save_for_backward(x, dt, A, B, C, reset, skip, output[3])
+    ctx.started, ctx.skips = h0 is not None, skip is not None
     ctx.set_materialize_grads(False)
 
 
 def _selective_gradients(ctx: Any, grad_y: Maybe, grad_h: Maybe, grad_emitted: Maybe, _: Maybe) -> tuple:
     grads = selective_backward(*ctx.saved_tensors, grad_y, grad_h, grad_emitted if ctx.emit else None, ctx.emit)
-    return *grads[:5], grads[5] if ctx.started else None, None, None, None
+    return *grads[:5], grads[5] if ctx.started else None, None, grads[6] if ctx.skips else None, None, None
 
 
 selective.register_autograd(_selective_gradients, setup_context=_keep_selective)

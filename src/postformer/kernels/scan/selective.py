@@ -196,10 +196,11 @@ def selective_scan(
     reset: Tensor | None = None,
     emit: int | None = None,
     backend: str = "auto",
+    skip: Tensor | None = None,
 ) -> Any:
     """Mamba's diagonal state space with input-dependent step, input and output maps (arXiv 2312.00752).
 
-        h_t = exp(dt_t A) h_{t-1} + (dt_t x_t) B_t^T,    y_t = h_t C_t
+        h_t = exp(dt_t A) h_{t-1} + (dt_t x_t) B_t^T,    y_t = h_t C_t + skip * x_t
 
     Args:
         x: input [Bt, T, D]. dt: step size [Bt, T, D], >= 0 (softplus already applied); 0 leaves the state as it is.
@@ -210,9 +211,10 @@ def selective_scan(
         backend: "auto", "reference" (token by token), "parallel" (pieces that are computed again for gradients, by
             PyTorch operations) or "native" (the same as compiled code, on a CPU with a compiler, or on a GPU with
             Triton where no state is emitted).
+        skip: [D], or None.
 
     Returns:
-        (y, h) or (y, h, emitted): y [Bt, T, D] in x's dtype, without a skip term; h [Bt, D, N] in float32 (float64 for
+        (y, h) or (y, h, emitted): y [Bt, T, D] in x's dtype; h [Bt, D, N] in float32 (float64 for
         float64 x); emitted [Bt, ceil(T / emit), D, N]. Gradients are first-order only but in the reference.
 
     Raises:
@@ -224,7 +226,8 @@ def selective_scan(
     if A.ndim != 2 or A.shape[0] != x.shape[2]:
         raise ValueError(f"selective_scan: A has shape {tuple(A.shape)}; give [D, N] with D = {x.shape[2]}")
     maps, held = (x.shape[0], x.shape[1], A.shape[1]), (x.shape[0], *A.shape)
-    for name, z, shape in (("B", B, maps), ("C", C, maps), ("h0", h0, held), ("reset", reset, maps[:2])):
+    for name, z, shape in (("B", B, maps), ("C", C, maps), ("h0", h0, held), ("reset", reset, maps[:2]),
+                        ("skip", skip, x.shape[2:])):
         if z is not None and z.shape != shape:
             raise ValueError(f"selective_scan: {name} has shape {tuple(z.shape)}; it must be {shape}")
     if emit is not None and emit < 1:
@@ -244,13 +247,17 @@ def selective_scan(
         if on_gpu:
             y, h = gpu.selective_triton(x, dt, A, B, C, A.new_zeros(held) if h is None else h, reset)
         elif settings.native(backend, x, "selective_scan"):
-            keep = settings.recorded(x, dt, A, B, C, h)
-            y, h, emitted, _ = selective(x, dt, A, B, C, h, reset, emit or 0, keep)
+            skip = None if skip is None else skip.to(dtype)
+            keep = settings.recorded(x, dt, A, B, C, h, skip)
+            y, h, emitted, _ = selective(x, dt, A, B, C, h, reset, skip, emit or 0, keep)
+            skip = None  # done
         elif backend == "reference" or (backend == "auto" and x.shape[1] <= 2):
             y, h, emitted = _reference(x, dt, A, B, C, x.new_zeros(held) if h is None else h, reset, emit)
         else:
             h = x.new_zeros(held) if h is None else h
             y, h, emitted = _SelectiveScan.apply(x, dt, A.mT.contiguous(), B, C, h.mT.contiguous(), reset, emit)
             h, emitted = h.mT.contiguous(), emitted.mT if emit is not None else None
+        if skip is not None:
+            y = torch.addcmul(y, x.to(y.dtype), skip.to(y.dtype))
     y = y.to(out_dtype)
     return (y, h) if emit is None else (y, h, emitted)

@@ -74,8 +74,8 @@ class Mamba1(Unit):
             step = step * tick[..., None].to(step.dtype)
         if write is not None:
             b = b * write[..., None].to(b.dtype)
-        y, memory = selective_scan(u, step, -fp32(self.A_log).exp(), b, c, memory, ctx.reset(self.design.forget_at))
-        y = torch.addcmul(y.to(u.dtype), u, self.D.to(u.dtype))
+        y, memory = selective_scan(u, step, -fp32(self.A_log).exp(), b, c, memory, ctx.reset(self.design.forget_at),
+                                   skip=self.D)
         return self.out(activated(z, "silu", y)), (memory, local)
 
     @classmethod
