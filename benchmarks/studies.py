@@ -47,6 +47,7 @@ class Published:
             raise ValueError(f"the ledger lacks a trial of this study, which was run: {line}")
 
         ledger = (HERE / f"{self.ledger}.jsonl").read_text(encoding="utf-8")
+        (out / "ledger.sqlite").unlink(missing_ok=True)  # nothing but what is published
         plan = ask(self.designs, self.tier, self.tasks, match=self.match, changes=self.changes, command=self.command)
         found = run_gauntlet(plan, out, merge=ledger, costs=False, progress=refuse)
         render(out)

@@ -201,6 +201,16 @@ def test_the_best_two_prove_themselves_with_all_tokens(cell):
     assert not two.failed(outcomes)
 
 
+def test_with_finalists_a_sweep_goes_on_with_all_tokens(cell):
+    entry = ENTRY.model_copy(update={"finalists": 2, "extend": 2})
+    wide, outcomes = Cell("gated-deltanet", entry, cell.recipe, 1), {}
+    for expected in ([1000] * 3, [4000] * 2, [4000], [4000]):
+        new = [t for t in wide.wanted(outcomes) if t.id not in outcomes]
+        assert [t.tokens for t in new] == expected
+        outcomes |= {t.id: done(t.rate) for t in new}
+    assert wide.rate(outcomes) == new[0].rate == 0.111
+
+
 def test_a_sweep_goes_on_where_its_best_rate_lies_at_an_end(cell):
     entry = ENTRY.model_copy(update={"extend": 2})
     wide = Cell("gated-deltanet", entry, cell.recipe, 1)

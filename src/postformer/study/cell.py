@@ -1,9 +1,9 @@
 """Cell: one design on one entry, and the trials that judge it.
 
 The learning rates are halved by their validation scores until at most three are left; those get a quarter of the
-budget. While the best lies at an end of what was tried, the next rate beyond it is tried too, some times. The best two
-get the whole budget once, since a rate that is best for a quarter may be too high for all of it. The better gets the
-whole budget, once per seed. Only these final trials read the test split.
+budget. The best two get all of it, since a rate that is best for a quarter may be too high for the whole; while the
+best then lies at an end of what was tried, the next rate beyond it is tried too, some times. The best gets the whole
+budget, once per seed. Only these final trials read the test split.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ class Cell:
                 break
             rates = sorted(t.rate for t in ranked[: sizes[len(rounds)]])
         if len(rounds) == len(sizes):
-            rounds[-1] += self._beyond(rounds[-1], outcomes)
             ranked = self._ranked(rounds[-1], outcomes)
-            if ranked and len(ranked) > 1 and self.entry.finalists > 1:
+            if ranked and self.entry.finalists > 1:
                 rounds.append(self._finalists(ranked, outcomes))
+            rounds[-1] += self._beyond(rounds[-1], outcomes)
         return rounds
 
     def _finalists(self, ranked: list[Trial], outcomes: Mapping[str, Outcome]) -> list[Trial]:
