@@ -118,6 +118,10 @@ class Ledger:
         rows = self.db.execute("SELECT trial, status, data FROM outcomes")
         return {trial: Outcome(status, json.loads(data)) for trial, status, data in rows}
 
+    def ended(self) -> float | None:
+        """When the last trial ended, in seconds since 1970."""
+        return self.db.execute("SELECT MAX(ended) FROM outcomes").fetchone()[0]
+
     def held(self) -> set[str]:
         """Trials that some living runner works on."""
         return {trial for trial, owner, renewed in self.db.execute("SELECT * FROM leases") if _alive(owner, renewed)}

@@ -25,7 +25,13 @@ SCHEMA = 1
 
 def now() -> str:
     """The time, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return moment(None)
+
+
+def moment(seconds: float | None) -> str:
+    """A time since 1970, or now."""
+    when = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(seconds, UTC)
+    return when.isoformat(timespec="seconds")
 
 
 def dumps(value: Any) -> str:
@@ -62,7 +68,7 @@ def results(plan: Plan, ledger: Ledger, started: str) -> dict[str, Any]:
     reference = next(iter(plan.designs))
     return {
         "schema": SCHEMA, "kind": "gauntlet", "title": f"Gauntlet: {plan.tier}", "command": plan.command,
-        "started": started, "ended": now() if over else None, "environment": environment(), "tier": plan.tier,
+        "started": started, "ended": moment(ledger.ended()) if over else None, "environment": environment(), "tier": plan.tier,
         "match": {"on": plan.match, "reference": reference} if plan.match else None, "seeds": plan.seeds,
         "designs": [
             {"key": key, "name": key, "recipe": recipe.name, "id": recipe.id, "paper": recipe.paper,
