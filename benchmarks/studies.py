@@ -197,7 +197,7 @@ PAGES = {
                              "gated-deltanet", "mamba2=mamba2@model.mixers.mamba.heads.dim_key=16")),), RECALL),
     "claims": Page((
         Published("claims", "standard", ("transformer", "qwen3-next", "gated-deltanet", "mamba2", "mamba"),
-                  "composition,aggregate-count,recall-perplexity", "params", ("composition.tokens=4000000",),
+                  "composition,aggregate-count,recall-perplexity", "params", ("composition.tokens=2500000",),
                   ("T6", "T12", "T13")),
         Published("bytes", "standard", ("transformer", "mamba", "mamba2"), "bytes", "flops", claims=("T14",)),
     ), CLAIMS),

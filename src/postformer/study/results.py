@@ -68,8 +68,8 @@ def results(plan: Plan, ledger: Ledger, started: str) -> dict[str, Any]:
     reference = next(iter(plan.designs))
     return {
         "schema": SCHEMA, "kind": "gauntlet", "title": f"Gauntlet: {plan.tier}", "command": plan.command,
-        "started": started, "ended": moment(ledger.ended()) if over else None, "environment": environment(), "tier": plan.tier,
-        "match": {"on": plan.match, "reference": reference} if plan.match else None, "seeds": plan.seeds,
+        "started": started, "ended": moment(ledger.ended()) if over else None, "environment": environment(),
+        "tier": plan.tier, "match": {"on": plan.match, "reference": reference} if plan.match else None, "seeds": plan.seeds,
         "designs": [
             {"key": key, "name": key, "recipe": recipe.name, "id": recipe.id, "paper": recipe.paper,
              "summary": recipe.summary,
