@@ -69,7 +69,8 @@ def results(plan: Plan, ledger: Ledger, started: str) -> dict[str, Any]:
     return {
         "schema": SCHEMA, "kind": "gauntlet", "title": f"Gauntlet: {plan.tier}", "command": plan.command,
         "started": started, "ended": moment(ledger.ended()) if over else None, "environment": environment(),
-        "tier": plan.tier, "match": {"on": plan.match, "reference": reference} if plan.match else None, "seeds": plan.seeds,
+        "tier": plan.tier, "seeds": plan.seeds,
+        "match": {"on": plan.match, "reference": reference} if plan.match else None,
         "designs": [
             {"key": key, "name": key, "recipe": recipe.name, "id": recipe.id, "paper": recipe.paper,
              "summary": recipe.summary,
