@@ -160,7 +160,8 @@ BYTES = """# Bytes at equal FLOPs
 ```
 
 Bytes of the Python standard library in windows of 128, two layers, designs matched in FLOPs per token. Learning rates
-are swept on the validation split, three seeds count, the test split was read once. The ledger is `benchmarks/bytes.jsonl`;
+are swept on the validation split, three seeds count, the test split was read once. The ledger is
+`benchmarks/bytes.jsonl`;
 `python benchmarks/studies.py bytes` makes this page and the full report.
 
 {sections}
