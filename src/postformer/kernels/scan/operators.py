@@ -27,9 +27,9 @@ def _blocks(T: int, emit: int) -> ctypes.Array:
     return (ctypes.c_int64 * (len(starts) + 1))(*sorted(starts), T)
 
 
-def _sizes(x: Tensor, A: Tensor, emit: int) -> list[int]:
+def _sizes(x: Tensor, A: Tensor, blocks: ctypes.Array, emit: int) -> list[int]:
     T, marks = x.shape[1], -(-x.shape[1] // emit) if emit else 0
-    return [*x.shape, A.shape[1], len(_blocks(T, emit)) - 1, min(T, BLOCK), emit, marks, GROUP]
+    return [*x.shape, A.shape[1], len(blocks) - 1, min(T, BLOCK), emit, marks, GROUP]
 
 
 def _outputs(x: Tensor, A: Tensor, emit: int, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -51,8 +51,9 @@ def selective(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Maybe,
     y, h, emitted, kept = found = _outputs(x, A, emit, keep)
     x, dt, B, C = map(rows, (x, dt, B, C))
     A, h0, skip = A.contiguous(), *(None if z is None else z.contiguous() for z in (h0, skip))
-    call("selective_forward", x.dtype, _sizes(x, A, emit),
-         [*pointers(x, dt, B, C, reset), ctypes.addressof(_blocks(x.shape[1], emit)),
+    blocks = _blocks(x.shape[1], emit)  # held until the call is over
+    call("selective_forward", x.dtype, _sizes(x, A, blocks, emit),
+         [*pointers(x, dt, B, C, reset), ctypes.addressof(blocks),
           *pointers(A, h0, y, h, emitted if emit else None, kept if keep else None, skip)],
          strides(2, x, dt, B, C, reset, y))
     return found
@@ -77,8 +78,9 @@ def selective_backward(
     grad_B, grad_C = (new(-(-x.shape[2] // GROUP), *B.shape) for _ in range(2))
     grad_A, grad_h0 = (new(x.shape[0], *A.shape) for _ in range(2))
     grad_skip = new(x.shape[0], 0 if skip is None else x.shape[2])
-    call("selective_backward", x.dtype, _sizes(x, A, emit),
-         [*pointers(x, dt, B, C, reset), ctypes.addressof(_blocks(x.shape[1], emit)),
+    blocks = _blocks(x.shape[1], emit)  # held until the call is over
+    call("selective_backward", x.dtype, _sizes(x, A, blocks, emit),
+         [*pointers(x, dt, B, C, reset), ctypes.addressof(blocks),
           *pointers(A, kept, grad_y, grad_h, grad_emitted, grad_x, grad_dt, grad_B, grad_C, grad_A, grad_h0, skip,
                     grad_skip)],
          strides(2, x, dt, B, C, reset, grad_y, grad_x, grad_dt))
@@ -132,10 +134,15 @@ def _(a, b, h0, reset, max_plus):
     return b.new_empty(b.shape)
 
 
+def _scan_grads(h0: Tensor, h: Tensor, wants_a: bool) -> list[Tensor]:
+    """Empty gradients of b and h0, and of a where it is wanted."""
+    return [h.new_empty(h.shape), h0.new_empty(h0.shape), *([h.new_empty(h.shape)] if wants_a else [])]
+
+
 @torch.library.custom_op("postformer::scan_backward", mutates_args=(), device_types="cpu")
 def scan_backward(a: Tensor, h0: Tensor, reset: Maybe, h: Tensor, grad: Tensor, wants_a: bool) -> list[Tensor]:
     """Gradients of b and h0, and of a where it is wanted."""
-    grads = [h.new_empty(h.shape), h0.new_empty(h0.shape), *([h.new_empty(h.shape)] if wants_a else [])]
+    grads = _scan_grads(h0, h, wants_a)
     flat, g, start = _flat(a), _flat(grad), h0.contiguous()
     call("scan_backward", h.dtype, list(_flat(h).shape),
          pointers(flat, start, reset, h, g, grads[2] if wants_a else None, *grads[:2]),
@@ -145,7 +152,7 @@ def scan_backward(a: Tensor, h0: Tensor, reset: Maybe, h: Tensor, grad: Tensor, 
 
 @scan_backward.register_fake
 def _(a, h0, reset, h, grad, wants_a):
-    return [h.new_empty(h.shape), h0.new_empty(h0.shape), *([h.new_empty(h.shape)] if wants_a else [])]
+    return _scan_grads(h0, h, wants_a)
 
 
 def _keep_scan(ctx: Any, inputs: tuple, output: Tensor) -> None:

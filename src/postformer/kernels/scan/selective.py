@@ -214,8 +214,8 @@ def selective_scan(
         skip: [D], or None.
 
     Returns:
-        (y, h) or (y, h, emitted): y [Bt, T, D] in x's dtype; h [Bt, D, N] in float32 (float64 for
-        float64 x); emitted [Bt, ceil(T / emit), D, N]. Gradients are first-order only but in the reference.
+        (y, h) or (y, h, emitted): y [Bt, T, D] in x's dtype; h [Bt, D, N] in float32 (float64 for float64 x);
+        emitted [Bt, ceil(T / emit), D, N]. Gradients are first-order only but in the reference.
 
     Raises:
         ValueError: shapes do not fit.
@@ -227,7 +227,7 @@ def selective_scan(
         raise ValueError(f"selective_scan: A has shape {tuple(A.shape)}; give [D, N] with D = {x.shape[2]}")
     maps, held = (x.shape[0], x.shape[1], A.shape[1]), (x.shape[0], *A.shape)
     for name, z, shape in (("B", B, maps), ("C", C, maps), ("h0", h0, held), ("reset", reset, maps[:2]),
-                        ("skip", skip, x.shape[2:])):
+                           ("skip", skip, x.shape[2:])):
         if z is not None and z.shape != shape:
             raise ValueError(f"selective_scan: {name} has shape {tuple(z.shape)}; it must be {shape}")
     if emit is not None and emit < 1:

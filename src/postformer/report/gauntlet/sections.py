@@ -214,7 +214,8 @@ def _table(study: Study, trial: Trial, metric: str, swatches: dict[str, str]) ->
 def _training(cell: dict[str, Any]) -> dict[str, Any]:
     seeds = cell.get("seeds") or []
     sweep, tried = [], cell.get("sweep") or []
-    last = [t for t in tried if t.get("tokens") == max(t.get("tokens") or 0 for t in tried)]
+    most = max((t.get("tokens") or 0 for t in tried), default=0)
+    last = [t for t in tried if (t.get("tokens") or 0) == most]
     for trial in tried:
         value = number(trial.get("validation"))
         found = str(trial.get("status") or "failed") if value is None else f"{value:.3f}"
