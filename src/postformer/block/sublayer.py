@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from postformer.contract.context import Context
+from postformer.contract.context import Context, extended
 from postformer.contract.mixer import Mixer, Out, prefixed
 from postformer.contract.state import State
 from postformer.design.grammar import Sublayer as SublayerDesign
@@ -88,8 +87,3 @@ class Layer(Mixer):
 
     def part(self, name: str) -> Any:
         return self.sublayers[int(name)].runs
-
-
-def extended(shared: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The publications with more of them; the old mapping is not touched."""
-    return MappingProxyType({**shared, **new})

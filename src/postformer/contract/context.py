@@ -62,7 +62,8 @@ class Context:
     """The mixer was given no state and starts from its initial one, so that nothing has been seen and the state need
     not be asked. Only `Mixer.forward` sets it."""
     shared: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
-    """What earlier sites published, by the name the design gives it, plus "embedding"."""
+    """What earlier sites published, by the name the design gives it, plus "embedding" and, where a language model
+    calls, "tokens" [B, T]."""
     stores: Mapping[str, Store] = field(default_factory=lambda: EMPTY)
     inputs: Mapping[str, Tensor] = field(default_factory=lambda: EMPTY)
 
@@ -100,6 +101,11 @@ def narrow_shared(shared: Mapping[str, Any], start: int, stop: int, length: int)
         k: v[:, start:stop] if isinstance(v, Tensor) and v.ndim >= 2 and v.shape[1] == length else v
         for k, v in shared.items()
     })
+
+
+def extended(shared: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The publications with more of them; the old mapping is not touched."""
+    return MappingProxyType({**shared, **new})
 
 
 def gates(ctx: Context) -> tuple[Tensor | None, Tensor | None]:

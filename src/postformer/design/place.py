@@ -33,14 +33,15 @@ class Place:
         """Cost of what `site.linear` makes for this role."""
         return self.linears.of(role).cost(d_in, d_out, bias)
 
-    def child(self, name: str, width: int | None = None) -> Place:
-        """The place of a child mixer: same layer, x of `width` channels."""
-        return replace(self, path=f"{self.path}.{name}", width=width or self.width, publish=frozenset(),
+    def child(self, name: str, width: int | None = None, publish: frozenset[str] = frozenset()) -> Place:
+        """The place of a child mixer: same layer, x of `width` channels; which of its publications are wanted."""
+        return replace(self, path=f"{self.path}.{name}", width=width or self.width, publish=publish,
                        identity=f"{self.identity}.{name}")
 
-    def child_cost(self, design: Design, name: str, width: int | None = None) -> Cost:
+    def child_cost(self, design: Design, name: str, width: int | None = None,
+                   publish: frozenset[str] = frozenset()) -> Cost:
         """Cost of a child, through the registry."""
-        return mixer_cost(design, self.child(name, width))
+        return mixer_cost(design, self.child(name, width, publish))
 
 
 class NotDeclared(DesignError):

@@ -140,7 +140,7 @@ def check(recipe: Recipe) -> None:
         raise DesignError(f"mixer '{min(unused)}' stands in no layer of the stack. Use it in `stack` or remove it"
                           " (scaling to few layers can cut it off: ask for more layers).",
                           path=f"model.mixers.{min(unused)}")
-    published: set[str] = {"embedding"}
+    published: set[str] = {"embedding", "tokens"}
     for layer in planned(model):
         for j, item in enumerate(layer):
             where = f"model.layers.{model.stack[item.place.layer]}.{j}"
@@ -171,9 +171,12 @@ def _fits(item: Planned, where: str, published: set[str]) -> tuple[str, ...]:
     except ValueError as e:
         raise DesignError(str(e), path=own) from None
     for i, name in enumerate(item.sublayer.input):
+        if name == "tokens":
+            raise DesignError("'tokens' are numbers, not channels; as an input use embedding",
+                              path=f"{where}.input.{i}")
         if name != "x" and name not in published:
             raise DesignError(f"input '{name}' is read before any earlier sublayer publishes it."
-                              f"{nearest(name, {'x', *published})}", path=f"{where}.input.{i}")
+                              f"{nearest(name, {'x', *published} - {'tokens'})}", path=f"{where}.input.{i}")
     for name in traits.reads:
         if name not in published:
             raise DesignError(f"'{name}' is read before any earlier sublayer publishes it.{nearest(name, published)}",

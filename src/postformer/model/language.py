@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from postformer.contract.context import EMPTY, Context, placed
+from postformer.contract.context import EMPTY, Context, extended, placed
 from postformer.contract.mixer import Mixer, Out
 from postformer.contract.state import State
 from postformer.design.grammar import Model
@@ -90,13 +90,13 @@ class LanguageModel(nn.Module):
     def forward(self, tokens: Tensor, state: LMState | None = None, ctx: Context | None = None, *,
                 select: Tensor | None = None) -> LMOutput:
         """tokens [B, T] int64; select [B, T] bool: logits only there, as [N, vocab]. Positions are set here."""
-        out, state = self.run(self.embed(tokens), state, ctx)
+        out, state = self.run(self.embed(tokens), state, ctx, tokens)
         logits = self.logits(out.y if select is None else out.y[select])
         return LMOutput(logits, state, out.losses, out.emitted, out.published, out.measured)
 
     def hidden(self, tokens: Tensor, ctx: Context | None = None, *, select: Tensor | None = None) -> Out:
         """Out whose y [B, T, width] or [N, width] is what `logits` takes: for logits taken in parts."""
-        out, _ = self.run(self.embed(tokens), None, ctx)
+        out, _ = self.run(self.embed(tokens), None, ctx, tokens)
         return out if select is None else out._replace(y=out.y[select])
 
     def mixer_at(self, path: str) -> Mixer:
@@ -128,9 +128,13 @@ class LanguageModel(nn.Module):
         x = self.embedding(tokens)
         return self.embedding_norm(x * self.scale if self.scale != 1 else x)
 
-    def run(self, x: Tensor, state: LMState | None = None, ctx: Context | None = None) -> tuple[Out, LMState]:
-        """The stack on embedded tokens x [B, T, width], with positions counted from the state."""
+    def run(self, x: Tensor, state: LMState | None = None, ctx: Context | None = None,
+            tokens: Tensor | None = None) -> tuple[Out, LMState]:
+        """The stack on embedded tokens x [B, T, width], with positions counted from the state. tokens [B, T]: what
+        they are, for memories that look for some of them."""
         ctx = ctx or Context()
+        if tokens is not None:
+            ctx = ctx.replace(shared=extended(ctx.shared, {"tokens": tokens}))
         start = torch.zeros(x.shape[0], dtype=torch.long, device=x.device) if state is None else state.next
         position, following = placed(start, x.shape[1], ctx)
         ctx = ctx.replace(position=position)

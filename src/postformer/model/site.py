@@ -89,9 +89,10 @@ class BuildSite(Place):
             self.ledger.roles[id(self.ledger.tied[key])] = Role("gate", False)
         return Tied(self.ledger.tied, key)
 
-    def build(self, design: Design, name: str, width: int | None = None) -> Mixer:
-        """A child mixer, through the registry."""
-        return build_mixer(design, replace(self, **vars_of(self.child(name, width))))
+    def build(self, design: Design, name: str, width: int | None = None,
+              publish: frozenset[str] = frozenset()) -> Mixer:
+        """A child mixer, through the registry; `publish`: which of its publications are wanted."""
+        return build_mixer(design, replace(self, **vars_of(self.child(name, width, publish))))
 
 
 def vars_of(place: Place) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from postformer.block.sublayer import Layer, Reference, Sublayer, extended
-from postformer.contract.context import Context
+from postformer.block.sublayer import Layer, Reference, Sublayer
+from postformer.contract.context import Context, extended
 from postformer.contract.mixer import Mixer, Out, prefixed
 from postformer.contract.state import State
 from postformer.design.grammar import Model

@@ -47,7 +47,7 @@ def flops(s: Subject) -> Found:
     # Without gradients: the counter's hooks stumble over a learned initial state.
     model, tokens = build(s.recipe.model).requires_grad_(False), torch.zeros(1, 24, dtype=torch.long)
     with torch.no_grad(), use(backend="reference"), FlopCounterMode(display=False) as counter:
-        model.run(model.embed(tokens))
+        model.run(model.embed(tokens), tokens=tokens)
     counted = counter.get_total_flops()
     gap = abs(declared / counted - 1) if counted else abs(declared)
     return gap, 0.05, f"declared {declared:.0f}, counted {counted}, without the head"

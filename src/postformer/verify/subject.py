@@ -41,6 +41,15 @@ def _narrow(value: Any) -> Any:
     return value
 
 
+def _sought(value: Any) -> set[int]:
+    """Tokens that end something somewhere in a design, and bytes that end words and sentences."""
+    if isinstance(value, Design):
+        own = set(getattr(value, "after", ())) | set(b" .")
+        return own.union(*(_sought(getattr(value, name)) for name in type(value).model_fields))
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+    return set().union(*map(_sought, parts))
+
+
 @dataclass
 class Subject:
     """A model, run on embedded tokens x [B, T, D]."""
@@ -54,7 +63,13 @@ class Subject:
         return self.recipe.model.width
 
     def __call__(self, x: Tensor, state: LMState | None = None, ctx: Context | None = None) -> tuple[Out, LMState]:
-        return self.model.run(x, state, ctx)
+        return self.model.run(x, state, ctx, self.tokens(x))
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """What tokens x [B, T, D] is said to be the embedding of: half of them such as the design looks for."""
+        raw = (x[..., 0].detach().abs() * 997).long()
+        sought = torch.tensor(sorted(_sought(self.recipe.model)) or [0], device=x.device)
+        return torch.where(raw % 2 == 0, raw // 2 % self.recipe.model.vocab, sought[raw // 2 % len(sought)])
 
     def input(self, batch: int, length: int, seed: int) -> Tensor:
         """Random embedded tokens, of the model's dtype."""
