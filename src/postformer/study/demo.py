@@ -25,6 +25,7 @@ from typing import Any
 from postformer.study.contenders import CONTENDERS, TRIALS, Trial
 from postformer.study.plan import Need, allot
 from postformer.study.pool import Job, Outcome, Pool
+from postformer.training.files import write_text
 
 CONTEXTS = (128, 512, 2048, 8192, 16384)
 CORPUS = "stdlib"
@@ -342,7 +343,4 @@ def _read(path: Path) -> Any:
 
 
 def _store(path: Path, value: Any) -> None:
-    # Renamed into place: a killed demo leaves the old file or the new one, never half of one.
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))

@@ -28,8 +28,8 @@ def fsync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file's content as one action."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Replace a file's content as one action, whoever else does so at the same time."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
