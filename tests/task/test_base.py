@@ -10,7 +10,7 @@ NAMES += ["forgetting-mqar", "in-context-recall", "noisy-recall", "fuzzy-recall"
 NAMES += ["compression"]
 NAMES += ["aggregate-count", "aggregate-mode", "aggregate-user", "composition", "copy", "dyck", "lost-in-the-middle"]
 NAMES += ["modular-arithmetic", "modular-arithmetic-brackets", "needle", "passkey", "phone-book", "pointer-chasing"]
-NAMES += ["reverse"]
+NAMES += ["documents", "reverse"]
 
 
 class Echo(Task):

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from postformer import task
-from postformer.task import Aggregate, Copy, Dyck, Hops, ModularArithmetic, Needle, PhoneBook, TaskError
+from postformer.task import Aggregate, Copy, Documents, Dyck, Hops, ModularArithmetic, Needle, PhoneBook, TaskError
 
 NAMES = ["aggregate-count", "aggregate-mode", "aggregate-user", "composition", "copy", "dyck", "lost-in-the-middle"]
 NAMES += ["modular-arithmetic", "modular-arithmetic-brackets", "needle", "passkey", "phone-book", "pointer-chasing"]
-NAMES += ["reverse"]
+NAMES += ["documents", "reverse"]
 
 
 def copied(made, row):
@@ -107,8 +107,26 @@ def aggregated(made, row):
     return answers
 
 
+def kept(made, row):
+    """What is known when each document ends; the last one asks for the first one's."""
+    starts = [t for t, token in enumerate(row) if token in (made.keep, made.local, made.ask)]
+    assert row[starts[0]] == made.keep and row[starts[-1]] == made.ask
+    answers, known = {}, {}
+    for start, stop in zip(starts, [*starts[1:], len(row)]):
+        document = row[start:stop]
+        if document[0] == made.ask:
+            first = dict(zip(row[1 : starts[1] : 2], row[2 : starts[1] : 2]))
+            answers |= {start + 1 + i: first[key] for i, key in enumerate(document[1:])}
+        else:
+            known = dict(zip(document[1 : 2 * made.pairs : 2], document[2 : 2 * made.pairs + 1 : 2]))
+        if document[0] == made.local:
+            assert document[-2] == made.query
+            answers[stop - 1] = known[document[-1]]
+    return answers
+
+
 SOLVERS = {
-    Aggregate: aggregated, Copy: copied, Dyck: closed, Hops: followed, ModularArithmetic: computed, Needle: found,
+    Aggregate: aggregated, Copy: copied, Documents: kept, Dyck: closed, Hops: followed, ModularArithmetic: computed, Needle: found,
     PhoneBook: looked_up,
 }  # fmt: skip
 

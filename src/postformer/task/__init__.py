@@ -27,6 +27,7 @@ from postformer.task.base import (
 )
 from postformer.task.compression import Compression
 from postformer.task.copying import Copy
+from postformer.task.documents import Documents
 from postformer.task.dyck import Dyck
 from postformer.task.group import Group, GroupWord
 from postformer.task.hops import Hops
@@ -47,6 +48,7 @@ __all__ = [
     "Compression",
     "Copy",
     "Difficulties",
+    "Documents",
     "Dyck",
     "Group",
     "GroupWord",

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from postformer.contract.context import Context
+
 IGNORE = -100
 """Target of a position that is not scored; what `torch.nn.functional.cross_entropy` ignores by default."""
 
@@ -33,10 +35,12 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """`tokens` [B, T] int64 and `targets` [B, T] int64 with -100 where nothing is scored, both on one device."""
+    """`tokens` [B, T] int64 and `targets` [B, T] int64 with -100 where nothing is scored, on one device. `boundary`
+    [B, T] int8: what ends before each token (`Context.boundary`); None: each row is one document."""
 
     tokens: Tensor
     targets: Tensor
+    boundary: Tensor | None = None
 
     @property
     def scored(self) -> Tensor:
@@ -45,7 +49,13 @@ class TaskBatch:
 
     def to(self, device: torch.device | str) -> TaskBatch:
         """The same batch on another device."""
-        return TaskBatch(self.tokens.to(device), self.targets.to(device))
+        boundary = None if self.boundary is None else self.boundary.to(device)
+        return TaskBatch(self.tokens.to(device), self.targets.to(device), boundary)
+
+    @property
+    def ctx(self) -> Context | None:
+        """The context in which a model sees the tokens; None: plain."""
+        return None if self.boundary is None else Context(boundary=self.boundary)
 
 
 @dataclass(frozen=True)

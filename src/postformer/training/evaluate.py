@@ -49,7 +49,7 @@ def evaluate_task(
             sums: dict[str, float] = {}
             for i in range(batches):
                 batch = problems.batch(setting, batch_size, seeded(seed, stream, setting_name(setting), i)).to(device)
-                logits = model(batch.tokens, select=batch.scored).logits
+                logits = model(batch.tokens, None, batch.ctx, select=batch.scored).logits
                 for name, value in task.measure(logits, batch).items():
                     sums[name] = sums.get(name, 0.0) + value / batches
             found[setting_name(setting)] = sums

@@ -163,7 +163,7 @@ def task_source(task: str | Task, settings: Setting | Sequence[Setting] | None, 
         generator = seeded(config.seed, "train", step)
         setting = chosen[int(torch.randint(len(chosen), (), generator=generator))]
         batch = stock.batch(setting, config.batch_size, generator)
-        return Batch(batch.tokens, batch.targets)
+        return Batch(batch.tokens, batch.targets, batch.ctx)
 
     def evaluate(model: nn.Module, final: bool) -> dict[str, float]:
         every = final or config.until is not None
