@@ -110,7 +110,7 @@ def aggregated(made, row):
 def kept(made, row):
     """What is known when each document ends; the last one asks for the first one's."""
     starts = [t for t, token in enumerate(row) if token in (made.keep, made.local, made.ask)]
-    assert row[starts[0]] == made.keep and row[starts[-1]] == made.ask
+    assert (row[starts[0]], row[starts[-1]]) == (made.keep, made.ask)
     answers, known = {}, {}
     for start, stop in zip(starts, [*starts[1:], len(row)]):
         document = row[start:stop]
@@ -126,8 +126,8 @@ def kept(made, row):
 
 
 SOLVERS = {
-    Aggregate: aggregated, Copy: copied, Documents: kept, Dyck: closed, Hops: followed, ModularArithmetic: computed, Needle: found,
-    PhoneBook: looked_up,
+    Aggregate: aggregated, Copy: copied, Documents: kept, Dyck: closed, Hops: followed, ModularArithmetic: computed,
+    Needle: found, PhoneBook: looked_up,
 }  # fmt: skip
 
 
@@ -414,3 +414,19 @@ def test_the_defaults_cover_more_than_training():
     assert task.load("pointer-chasing").difficulties.outside == ((21, 4), (37, 4))
     assert task.load("needle", needles=1, train=[16, 32]).difficulties.evaluate == (16, 32, 64, 128)
     assert task.load("lost-in-the-middle", train=(64, 3)).difficulties.train == ((64, 3),)
+
+
+def test_documents_say_where_they_begin():
+    made = task.load("documents", pairs=3)
+    batch = made.batch(made.between(4), 5, task.seeded(0))
+    begins = torch.isin(batch.tokens, torch.tensor([made.local, made.ask]))
+    assert torch.equal(batch.boundary, begins.to(torch.int8) * 2)
+    assert torch.equal(batch.ctx.boundary, batch.boundary)
+    assert begins.sum(1).tolist() == [5] * 5
+    assert task.load("mqar").batch((64, 4), 2, task.seeded(0)).ctx is None
+
+
+@pytest.mark.parametrize(("setting", "words"), [(40, r"\(length, documents\)"), ((58, 3), "have a length of 47")])
+def test_documents_of_another_length_are_refused(setting, words):
+    with pytest.raises(TaskError, match=words):
+        task.load("documents").batch(setting, 2, task.seeded(0))

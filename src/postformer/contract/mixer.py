@@ -164,6 +164,11 @@ class Mixer(nn.Module):
         return None
 
     @classmethod
+    def words(cls, design: Any) -> str:
+        """Of a composite: what it does with its children, in a few words, for `explain`."""
+        return ""
+
+    @classmethod
     def cost(cls, design: Any, site: Any) -> Cost | None:
         """Params, FLOPs and state bytes from the design alone; None: not declared (verify says so)."""
         return None

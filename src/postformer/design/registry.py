@@ -80,7 +80,10 @@ def inside(design: Design, path: str) -> list[tuple[str, Any]]:
         value = getattr(design, field)
         parts = [(f"{field}.{i}", v) for i, v in enumerate(value)] if isinstance(value, tuple) else [(field, value)]
         for part, child in parts:
-            kind = getattr(child, "kind", None) if isinstance(child, Design) else None
+            if not isinstance(child, Design):
+                continue
+            kind = getattr(child, "kind", None)
             if kind in known and type(child) is resolve(kind).Design:
-                found += [(f"{path}.{part}", child), *inside(child, f"{path}.{part}")]
+                found.append((f"{path}.{part}", child))
+            found += inside(child, f"{path}.{part}")
     return found

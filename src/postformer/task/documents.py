@@ -1,12 +1,12 @@
 """Documents: what was to be kept is asked many documents later, each of which is a document of its own to the model.
 
-    KEEP a 3 c 1 e 0 | LOCAL c 2 a 0 f 3 ? a | LOCAL ... ? f | ASK e a c        targets 0 at ? a, ... and 0 3 1 at the end
+    KEEP a 3 c 1 e 0 | LOCAL c 2 a 0 f 3 ? a | LOCAL ... ? f | ASK e a c    targets 0 at ? a, ..., and 0 3 1 at the end
 
 The first document gives pairs that are worth keeping. Each later one gives pairs of its own, with the same symbols and
-other values, of which one is asked at its own end: so a memory must learn from it, and must not let it overwrite what is
-kept. The last document asks for the pairs of the first. A memory that forgets at the end of a document answers only the
-questions inside one; one that never forgets has its pairs overwritten. What is needed is consolidation: what the fast
-memory learned goes into a slow one, once, and only if it matters (complementary learning systems; nested learning,
+other values, of which one is asked at its own end: so a memory must learn from it, and must not let it overwrite what
+is kept. The last document asks for the pairs of the first. A memory that forgets at the end of a document answers only
+the questions inside one; one that never forgets has its pairs overwritten. What is needed is consolidation: what the
+fast memory learned goes into a slow one, once, and only if it matters (complementary learning systems; nested learning,
 2512.24695).
 """
 

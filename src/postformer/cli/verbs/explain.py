@@ -43,7 +43,10 @@ def explain(
     print(f"id: {made.id[:16]}\n")
     for name, design in _mixers(model).items():
         for where, child in [(name, design), *registry.inside(design, name)]:
-            choices = registry.resolve(child.kind).choices(child)
+            kind = registry.resolve(child.kind)
+            choices = kind.choices(child)
+            if words := kind.words(child):
+                print(f"{where} ({child.kind}): {words}")
             if choices is None:
                 continue
             about["memories"][where] = choices._asdict()

@@ -50,6 +50,10 @@ class Composite(Mixer):
 
 @register(ChainDesign)
 class Chain(Composite):
+    @classmethod
+    def words(cls, design: ChainDesign) -> str:
+        return f"{len(design.of)} one after another, each reading the one before"
+
     def mix(self, x: Tensor, state: State, ctx: Context) -> Out:
         outs = []
         for child, past in zip(self.of, self.pasts(state, ctx)):

@@ -128,6 +128,11 @@ class Consolidated(Mixer):
         return replace(child(design.of), native_reset=True, native_emit=False, two_way=False, inputs=(), publishes=())
 
     @classmethod
+    def words(cls, design: ConsolidatedDesign) -> str:
+        share = "a learned share" if design.share == "learned" else f"{float(design.share):.0%}"
+        return f"at the end of a {design.at} {share} of what was learned is kept, and is where the next one starts from"
+
+    @classmethod
     def cost(cls, design: ConsolidatedDesign, site: Any) -> Cost:
         """The share is worked out once a document, and its FLOPs are not counted."""
         held = site.child_cost(design.of, "of")

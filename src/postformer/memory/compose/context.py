@@ -158,6 +158,10 @@ class Segmented(Mixer):
             reads=memory.reads)
 
     @classmethod
+    def words(cls, design: ContextDesign) -> str:
+        return f"attention within {design.segment} tokens also sees what the memory recalls; the memory learns from it"
+
+    @classmethod
     def cost(cls, design: ContextDesign, site: Any) -> Cost:
         """FLOPs of attention are averaged over a segment's tokens."""
         one_width(site)

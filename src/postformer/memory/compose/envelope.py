@@ -111,6 +111,11 @@ class Envelope(Mixer):
                        two_way=made.two_way and free, stateful=made.stateful or not free, inputs=(), publishes=())
 
     @classmethod
+    def words(cls, design: EnvelopeDesign) -> str:
+        conv = f", a convolution of {design.conv} tokens" if design.conv else ""
+        return f"{design.expand:g} times as wide{conv}" + (", gated" if design.gate != "none" else "")
+
+    @classmethod
     def cost(cls, design: EnvelopeDesign, site: Any) -> Cost:
         inner = design.inner(site.width)
         total = site.linear_cost(site.width, inner) + site.linear_cost(inner, site.dim_out)

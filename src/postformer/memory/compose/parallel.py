@@ -75,6 +75,12 @@ class Parallel(Composite):
         return gathered(y, outs, ctx)
 
     @classmethod
+    def words(cls, design: ParallelDesign) -> str:
+        how = {"sum": "summed", "mean-norm": "normed and averaged", "gate": "weighed by a gate", "concat": "joined",
+               "product": "the first gated by the others"}[design.merge]
+        return f"{len(design.of)} side by side, {how}"
+
+    @classmethod
     def cost(cls, design: ParallelDesign, site: Any) -> Cost:
         total = super().cost(design, site)
         count = len(design.of)

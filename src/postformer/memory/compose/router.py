@@ -90,6 +90,11 @@ class Router(Composite):
         return replace(made, exact_gradients=made.exact_gradients and design.top is None)
 
     @classmethod
+    def words(cls, design: RouterDesign) -> str:
+        each = "each token read from one" if design.top else "each token read from all, weighed"
+        return f"{len(design.of)} side by side, {each}; {'written there' if design.writes == 'chosen' else 'all learn'}"
+
+    @classmethod
     def cost(cls, design: RouterDesign, site: Any) -> Cost:
         """Of all children; what a windowed list does not hold after hard choices is not taken off."""
         return super().cost(design, site) + site.linear_cost(site.width, len(design.of), role="gate")

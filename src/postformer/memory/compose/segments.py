@@ -140,6 +140,17 @@ class Ends(nn.Module):
         return torch.isin(tokens, torch.tensor(ends, device=tokens.device)).to(gate.dtype), state.count, None
 
     @staticmethod
+    def words(every: Period) -> str:
+        """When a segment ends, in words."""
+        if isinstance(every, int):
+            return f"every {every} tokens"
+        if isinstance(every, After):
+            return f"after each token {' or '.join(map(str, every.after))}"
+        if isinstance(every, Learned):
+            return f"where it has learned to, about every {every.target:g} tokens"
+        return f"at the end of every {every}"
+
+    @staticmethod
     def reads(every: Period) -> tuple[str, ...]:
         """What of `ctx.shared` it needs"""
         return ("tokens",) if isinstance(every, After) or every in BYTES else ()

@@ -131,6 +131,10 @@ class Slow(Mixer):
                        publishes=("ends",), reads=made.reads + Ends.reads(design.every))
 
     @classmethod
+    def words(cls, design: SlowDesign) -> str:
+        return written(design.every, design.summary)
+
+    @classmethod
     def cost(cls, design: SlowDesign, site: Any) -> Cost:
         held = site.child_cost(design.of, "of")
         if held.flops_per_key:
@@ -140,3 +144,10 @@ class Slow(Mixer):
         if design.summary != "mean":
             total += site.linear_cost(site.width, 1, bias=True, role="gate")
         return total + Cost(params=int(design.summary == "doubt"))
+
+
+def written(every: Period, summary: str) -> str:
+    """When a slow memory is written, and with what, in words."""
+    told = {"mean": "the mean of their tokens", "weighted": "a weighted mean of their tokens",
+            "doubt": "a mean of their tokens, weighed by doubt"}[summary]
+    return f"written {Ends.words(every)} with {told}"

@@ -28,7 +28,7 @@ from postformer.design.cost import Cost
 from postformer.design.grammar import AnyMixer
 from postformer.design.registry import register
 from postformer.memory.compose.segments import Learned, Period
-from postformer.memory.compose.slow import SlowDesign, child
+from postformer.memory.compose.slow import SlowDesign, child, written
 
 
 class Level(Design):
@@ -182,6 +182,17 @@ class Timescales(Mixer):
         each = [child(level.mixer) for level in design.levels]
         # Its levels do what they cannot natively by themselves.
         return replace(joined(each), native_reset=True, native_emit=True, publishes=design.offers)
+
+    @classmethod
+    def words(cls, design: TimescalesDesign) -> str:
+        how = {"parallel": "side by side, " + ("summed" if design.merge == "sum" else "weighed by a gate"
+                           + " that sees the first one's doubt" * design.doubt),
+               "chain": "one after another",
+               "nested": "the fast started afresh and told by the slow"}[design.arrangement]
+        levels = "; ".join(f"{i} ({level.of.kind}) " + ("every token" if level.every == 1 else
+                                                       written(level.every, level.summary))
+                           for i, level in enumerate(design.levels))
+        return f"{len(design.levels)} levels, {how}: {levels}"
 
     @classmethod
     def cost(cls, design: TimescalesDesign, site: Any) -> Cost:
