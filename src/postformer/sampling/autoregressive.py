@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from postformer.contract import state as states
-from postformer.contract.context import Context
+from postformer.contract.context import EMPTY, Context
 from postformer.model import evaluating
 from postformer.sampling.policy import Policy, seen_in
 from postformer.sampling.prefix import Prefix, check_prompt
-from postformer.sampling.stepper import Stepper
+from postformer.sampling.stepper import Stepper, seen
 
 FREE = -1
 """In forced token ids: this row chooses for itself here."""
@@ -34,6 +34,8 @@ class Piece(NamedTuple):
     """bool: inserted by `interpose`."""
     live: Tensor
     """bool: False in a row that had stopped before."""
+    watched: Mapping[str, Tensor] = EMPTY
+    """By name: what the model published when it chose this token, [B, ...]."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class Trace:
     """[B] int64, generated tokens of each row, the one that stopped it included."""
     after: Prefix | None = None
     """From where every row can go on; None where nothing was generated."""
+    watched: Mapping[str, Tensor] = field(default_factory=lambda: EMPTY)
+    """By name, [B, n, ...]: what the model published when it chose each token, e.g. a filter memory's variance: how
+    unsure it was of what it answered."""
 
 
 class Generation(NamedTuple):
@@ -73,6 +78,7 @@ def left_pad(prompts: Sequence[Sequence[int] | Tensor], pad: int = 0) -> tuple[T
 def generate(
     model: nn.Module, prompt: Tensor | Prefix, policy: Policy, max_new_tokens: int, *, valid: Tensor | None = None,
     generator: torch.Generator | None = None, interpose: Interpose | None = None, stop: Stop | None = None,
+    watch: Sequence[str] = (),
 ) -> Generation:
     """Continue each row of prompt [B, T] int64 by at most `max_new_tokens` tokens, forced ones included.
 
@@ -83,28 +89,33 @@ def generate(
     every row, or [B, m] with -1 where a row is free to choose.
     `stop`: token id or ids that end a row, or `fn(tokens [B, T + n]) -> bool [B]`. A row that has stopped is idle and
     its tokens are 0. Generation ends when all rows have stopped.
+    `watch`: names under which the design publishes something per token (`publish:` of a sublayer), for the trace.
 
-    Raises ValueError for an empty prompt or impossible forced ids.
+    Raises ValueError for an empty prompt, impossible forced ids, or a name that is not published.
     """
-    run = _Run(model, prompt, policy, max_new_tokens, valid, generator, interpose, stop)
+    run = _Run(model, prompt, policy, max_new_tokens, valid, generator, interpose, stop, watch)
     columns = list(run.pieces())
+    watched: Mapping[str, Tensor] = EMPTY
     if columns:
         # Stacked outside inference mode, so that the results may enter a training step.
-        token, log_probability, forced, live = (torch.stack(part, 1) for part in zip(*columns))
+        *parts, published = zip(*columns)
+        token, log_probability, forced, live = (torch.stack(part, 1) for part in parts)
+        watched = {name: torch.stack([each[name] for each in published], 1) for name in watch}
     else:
         token = run.history.tokens.new_zeros(run.batch, 0)
         log_probability, forced = token.float(), token.bool()
         live = forced
-    trace = Trace(log_probability, forced, live, live.sum(1), run.after() if columns else None)
+    trace = Trace(log_probability, forced, live, live.sum(1), run.after() if columns else None, watched)
     return Generation(torch.cat([run.history.prompt, token], 1), trace)
 
 
 def stream(
     model: nn.Module, prompt: Tensor | Prefix, policy: Policy, max_new_tokens: int, *, valid: Tensor | None = None,
     generator: torch.Generator | None = None, interpose: Interpose | None = None, stop: Stop | None = None,
+    watch: Sequence[str] = (),
 ) -> Iterator[Piece]:
     """`generate`, column by column as they come; same arguments."""
-    yield from _Run(model, prompt, policy, max_new_tokens, valid, generator, interpose, stop).pieces()
+    yield from _Run(model, prompt, policy, max_new_tokens, valid, generator, interpose, stop, watch).pieces()
 
 
 class _Run:
@@ -112,8 +123,9 @@ class _Run:
 
     def __init__(self, model: nn.Module, prompt: Tensor | Prefix, policy: Policy, max_new_tokens: int,
                  valid: Tensor | None, generator: torch.Generator | None, interpose: Interpose | None,
-                 stop: Stop | None) -> None:
+                 stop: Stop | None, watch: Sequence[str] = ()) -> None:
         self.model, self.policy, self.generator = model, policy, generator
+        self.watch, self.watched = tuple(watch), {}
         self.limit, self.interpose, self.stop = max_new_tokens, interpose, stop
         self.prefix = prompt if isinstance(prompt, Prefix) else None
         tokens = prompt.tokens if isinstance(prompt, Prefix) else prompt
@@ -134,8 +146,8 @@ class _Run:
     def _read(self) -> Tensor:
         """Whatever stands before the first new token -> logits [B, V] after it."""
         if self.prefix is not None:
-            self.stepper = Stepper(self.model, states.map_state(torch.clone, self.prefix.state), self.limit)
-            return self.stepper.step(self.prefix.pending)
+            self.stepper = Stepper(self.model, states.map_state(torch.clone, self.prefix.state), self.limit, self.watch)
+            return self._stepped(self.prefix.pending)
         tokens = self.history.tokens
         if tokens.shape[1] == 1:
             out = self.model(tokens, None, Context(consume=True))
@@ -145,7 +157,14 @@ class _Run:
             last[:, -1] = True
             out = self.model(tokens, None, Context(valid=self.valid, consume=True), select=last)
             logits = out.logits
-        self.stepper = Stepper(self.model, out.state, self.limit)
+        self.watched = {name: made[:, -1] for name, made in zip(self.watch, seen(out, self.watch))}
+        self.stepper = Stepper(self.model, out.state, self.limit, self.watch)
+        return logits
+
+    def _stepped(self, tokens: Tensor) -> Tensor:
+        assert self.stepper is not None
+        logits = self.stepper.step(tokens)
+        self.watched = self.stepper.watched
         return logits
 
     def _pieces(self) -> Iterator[Piece]:
@@ -161,7 +180,7 @@ class _Run:
                 if self.policy.remembers:
                     seen = seen_in(history.tokens, self.valid, logits.shape[-1])
             else:
-                logits = self.stepper.step(history.last)
+                logits = self._stepped(history.last)
             forced = queue.pop(0) if queue else None
             if forced is None:
                 token, is_forced = self.policy.draw(logits, self.generator, seen), never
@@ -176,7 +195,9 @@ class _Run:
                 seen.scatter_(1, token[:, None], True)
             history.append(token)
             self.kept.append(self.live)
-            piece = Piece(token, log_probability, is_forced, self.live)
+            # Cloned: a recorded step writes the next token's over them.
+            watched = {name: made.clone() for name, made in self.watched.items()}
+            piece = Piece(token, log_probability, is_forced, self.live, watched)
             if stopped is not None:
                 self._end(stopped(history.tokens) & self.live)
                 everyone = bool(self.live.all())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from postformer.contract import state as states
 from postformer.contract.context import Context
+from postformer.design.base import nearest
 from postformer.kernels import current
 from postformer.kernels.tape import Tape, record
 
@@ -23,11 +24,13 @@ class Stepper:
     """The model's step with everything done beforehand that can be: room in growing lists, and a tape of the step.
 
     `state` is the stepper's own: it is overwritten. room: for how many tokens growing lists shall get room at once (a
-    new tape is recorded where it runs out). The model must be in eval mode and keep its parameters meanwhile.
+    new tape is recorded where it runs out). watch: publications of the design whose values of the last step stand in
+    `watched`, [B, ...] each. The model must be in eval mode and keep its parameters meanwhile.
     """
 
-    def __init__(self, model: nn.Module, state: Any, room: int = ROOM) -> None:
-        self.model, self.state, self.room = model, state, max(room, ROOM)
+    def __init__(self, model: nn.Module, state: Any, room: int = ROOM, watch: Sequence[str] = ()) -> None:
+        self.model, self.state, self.room, self.watch = model, state, max(room, ROOM), tuple(watch)
+        self.watched: dict[str, Tensor] = {}
         self.tape: Tape | None = None
         self.reason: str | None = None
         """Why there is no tape, once one was tried."""
@@ -46,12 +49,12 @@ class Stepper:
         if self.tape is not None:
             self._tokens[:, 0] = tokens
             self.tape.run()
+            self.watched = dict(zip(self.watch, (made[:, -1] for made in self.tape.outputs[1:])))
             return self._logits
         self._taken += 1
         if self._taken > WARM and self.reason is None:
             return self._record(tokens)
-        logits, self.state = self._run(tokens[:, None], self.state)
-        return logits
+        return self._eager(tokens)
 
     def take(self, rows: Sequence[int]) -> Any:
         """A copy of the state of some rows."""
@@ -66,9 +69,15 @@ class Stepper:
         states.assign(self.state, rows, state)
         self._count_room()
 
-    def _run(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def _run(self, tokens: Tensor, state: Any) -> tuple[list[Tensor], Any]:
+        """([logits [B, vocab], what is watched [B, 1, ...]], the state)"""
         out = self.model(tokens, state, self._ctx)
-        return out.logits[:, -1], out.state
+        return [out.logits[:, -1], *seen(out, self.watch)], out.state
+
+    def _eager(self, tokens: Tensor) -> Tensor:
+        (logits, *seen), self.state = self._run(tokens[:, None], self.state)
+        self.watched = dict(zip(self.watch, (made[:, -1] for made in seen)))
+        return logits
 
     def _make_room(self, tokens: int = 0) -> None:
         wider = states.reserve(self.state, max(tokens, self.room * self._growth))
@@ -86,8 +95,7 @@ class Stepper:
     def _record(self, tokens: Tensor) -> Tensor:
         if current().backend not in ("auto", "native"):
             self.reason = f"kernels.use(backend={current().backend!r}) is in force"
-            logits, self.state = self._run(tokens[:, None], self.state)
-            return logits
+            return self._eager(tokens)
         self.state = owned(self.state)
         self._tokens = tokens[:, None].clone()
         before = None if self._checked else states.map_state(torch.clone, self.state)
@@ -95,11 +103,12 @@ class Stepper:
         leaves = states.leaves(self.state)
 
         def step() -> tuple[list[Tensor], list[Tensor]]:
-            logits, after = self._run(self._tokens, self.state)
-            return [logits], states.leaves(after)
+            made, after = self._run(self._tokens, self.state)
+            return made, states.leaves(after)
 
-        (logits,), new, made = record(step, [self._tokens], leaves)
+        (logits, *seen), new, made = record(step, [self._tokens], leaves)
         result, new = logits.clone(), [leaf.clone() for leaf in new]
+        self.watched = dict(zip(self.watch, (one[:, -1].clone() for one in seen)))
         if isinstance(made, Tape):
             self._logits = made.outputs[0]
             if before is None or self._agrees(made, before):
@@ -126,10 +135,21 @@ class Stepper:
         self._tokens.copy_((self._tokens + 1) % self._logits.shape[-1])
         wanted, after = self._run(self._tokens, before)
         tape.run()
-        limit = 1e-9 if wanted.dtype == torch.float64 else 2e-4
-        pairs = [(wanted, self._logits), *zip(states.leaves(after), states.leaves(self.state))]
+        limit = 1e-9 if wanted[0].dtype == torch.float64 else 2e-4
+        pairs = [*zip(wanted, tape.outputs), *zip(states.leaves(after), states.leaves(self.state))]
         return all(torch.allclose(b, a.to(b.dtype), rtol=limit, atol=limit * scale(a), equal_nan=True)
                    if b.is_floating_point() else torch.equal(a, b) for a, b in pairs)
+
+
+def seen(out: Any, watch: Sequence[str]) -> list[Tensor]:
+    """What a model's output publishes under these names, [B, T, ...] each. Raises ValueError for a name without."""
+    found = [out.published.get(name) for name in watch]
+    for name, value in zip(watch, found):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"the design publishes nothing per token as '{name}'.{nearest(name, out.published)} Name "
+                             f"it in a sublayer, e.g. {{use: memory, publish: {{{name}: variance}}}} for a memory of "
+                             "kind filter.")
+    return found
 
 
 def scale(x: Tensor) -> float:
