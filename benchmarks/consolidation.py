@@ -4,8 +4,8 @@
     python benchmarks/consolidation.py --table     # the table of docs/timescales.md
 
 One design (below), trained on the task `documents` with one to eight documents between a fact and the question; the
-rate is chosen by validation at 8 documents on a seed of its own. Asked at up to 100. Arms: the learned share; a share of
-0, trained so; the first one's weights with a share of 0 (what the slow copy holds is all that is taken away).
+rate is chosen by validation at 8 documents on a seed of its own. Asked at up to 100. Arms: the learned share; a share
+of 0, trained so; the first one's weights with a share of 0 (what the slow copy holds is all that is taken away).
 """
 
 from __future__ import annotations
@@ -93,8 +93,10 @@ def run() -> None:
 def table() -> str:
     lines = [json.loads(line) for line in OUT.read_text().splitlines()]
     counts = list(next(line for line in lines if "test" in line)["test"])
-    rows = [f"| share | rate | {' | '.join(counts)} | pairs inside documents |", "| --- | ---: |" + " ---: |" * (len(counts) + 1)]
-    for arm, words in (("learned", "learned"), ("switched off", "the same weights, share 0"), ("none", "0, trained so")):
+    rows = [f"| share | rate | {' | '.join(counts)} | pairs inside documents |",
+            "| --- | ---: |" + " ---: |" * (len(counts) + 1)]
+    arms = {"learned": "learned", "switched off": "the same weights, share 0", "none": "0, trained so"}
+    for arm, words in arms.items():
         tests = [line for line in lines if line["arm"] == arm and "test" in line]
         cells = []
         for count in counts:
