@@ -45,14 +45,11 @@ class Sublayer(nn.Module):
     @property
     def reads(self) -> frozenset[str]:
         """The publications that the branch reads."""
-        inner = self.inner
-        below = [s.reads | s.scores for s in inner.sublayers] if isinstance(inner, Layer) else []  # type: ignore[misc]
-        return frozenset({*self.design.input, *able(inner).reads}.union(*below) - {"x"})
-
-    @property
-    def scores(self) -> frozenset[str]:
-        """What decides about the depth, which may be a publication."""
-        return frozenset({self.design.depth.score})
+        found = {*self.design.input, *able(self.inner).reads}
+        for sub in self.inner.sublayers if isinstance(self.inner, Layer) else ():
+            assert isinstance(sub, Sublayer)
+            found |= {*sub.reads, sub.design.depth.score}
+        return frozenset(found - {"x"})
 
     def forward(self, stream: Tensor, pending: Tensor | None, state: State, ctx: Context) -> Out:
         """stream [B, T, D] and what an earlier `residual: next` left for this input -> what the residual takes."""

@@ -4,6 +4,7 @@ modules are in block/depth."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -33,7 +34,9 @@ class Fixed(Design):
     def in_words(self) -> str:
         return ""
 
-    def refused(self, sub: Sublayer, stateful: bool, soft_gates: bool) -> str | None:
+    def refused(self, sub: Sublayer, own: Sequence[str], stateful: bool, soft_gates: bool) -> str | None:
+        """Why it cannot stand around this sublayer, and what to do. own: what its mixer is asked to publish;
+        soft_gates: its mixer honours read-only tokens."""
         return None
 
     def cost(self, inner: Cost, place: Place, width: int, stateful: bool) -> Cost:
@@ -76,25 +79,26 @@ class Mod(Design):
         how = "" if self.choose == "threshold" else ", the top of a sequence in training"
         return f"run by {self.capacity:.3g} of tokens{by}{how}, skip: {self.skip}"
 
-    def refused(self, sub: Sublayer, stateful: bool, soft_gates: bool) -> str | None:
+    def refused(self, sub: Sublayer, own: Sequence[str], stateful: bool, soft_gates: bool) -> str | None:
         if self.skip == "clock" and stateful and not soft_gates:
             return f"skip: clock lets tokens pass without a write, but {MIXES}; set local: none in it, or skip: freeze"
-        if self.skip == "freeze" and (own := _own(sub, self.publishes)):
-            return (f"'{own}' has no value at a token that is skipped; set skip: clock or write, or publish it from a "
-                    "sublayer of fixed depth")
+        if self.skip == "freeze" and own:
+            return (f"'{own[0]}' has no value at a token that is skipped; set skip: clock or write, or publish it from "
+                    "a sublayer of fixed depth")
         return None
 
     def cost(self, inner: Cost, place: Place, width: int, stateful: bool) -> Cost:
-        """FLOPs and growing lists at the declared capacity; with clock and write, where there is a state, all tokens run."""
-        share = self.capacity if self.skip == "freeze" or not stateful else 1.0
+        """FLOPs and growing lists at the declared capacity, as far as skipped tokens neither run nor are kept."""
+        run = self.capacity if self.skip == "freeze" or not stateful else 1.0
+        kept = 1.0 if self.skip == "write" and stateful else self.capacity
         total = replace(
-            inner, flops_per_token=share * inner.flops_per_token,
-            flops_per_key=tuple((share * share * flops, window) for flops, window in inner.flops_per_key))
-        if share < 1:
+            inner, flops_per_token=run * inner.flops_per_token,
+            flops_per_key=tuple((run * kept * flops, window) for flops, window in inner.flops_per_key))
+        if kept < 1:
             total = replace(
-                total, state_per_token=tuple((kept, window) for kept, window in inner.state_per_token if window),
-                state_per_share=tuple((kept, share) for kept, window in inner.state_per_token if not window)
-                + tuple((kept, share * part) for kept, part in inner.state_per_share))
+                total, state_per_token=tuple((size, window) for size, window in inner.state_per_token if window),
+                state_per_share=tuple((size, kept) for size, window in inner.state_per_token if not window)
+                + tuple((size, kept * part) for size, part in inner.state_per_share))
         if self.skip == "freeze" and stateful:
             total += Cost(state=16)
         total += place.linear_cost(width, 1, role="gate") if self.score == SELF else Cost(params=2)
@@ -115,11 +119,11 @@ class _Repeated(Design):
     publishes: ClassVar[tuple[str, ...]] = ("depth",)
     score: ClassVar[str] = SELF
 
-    def refused(self, sub: Sublayer, stateful: bool, soft_gates: bool) -> str | None:
+    def refused(self, sub: Sublayer, own: Sequence[str], stateful: bool, soft_gates: bool) -> str | None:
         if "x" not in sub.input:
             return "every step reads what the last one made of the stream; have x among the `input`"
-        if own := _own(sub, self.publishes):
-            return (f"'{own}' has as many values at a token as it takes steps; publish it from a sublayer of fixed "
+        if own:
+            return (f"'{own[0]}' has as many values at a token as it takes steps; publish it from a sublayer of fixed "
                     "depth, or publish depth")
         if self.state == "first" and self.most > 1 and stateful and not soft_gates:
             return f"state: first reads a memory without writing to it, but {MIXES}; set local: none in it"
@@ -167,8 +171,8 @@ class Loop(_Repeated):
         how = "until it halts" if self.halt == "hard" else "weighed by when it halts"
         return f"up to {self.most} times, {how}, state: {self.state}"
 
-    def refused(self, sub: Sublayer, stateful: bool, soft_gates: bool) -> str | None:
-        if why := super().refused(sub, stateful, soft_gates):
+    def refused(self, sub: Sublayer, own: Sequence[str], stateful: bool, soft_gates: bool) -> str | None:
+        if why := super().refused(sub, own, stateful, soft_gates):
             return why
         if self.most > 1 and stateful and not soft_gates:
             return (f"a token that has halted is read on without a write while learning, but {MIXES}; set local: none "
@@ -184,11 +188,6 @@ class Ode(_Repeated):
     @property
     def in_words(self) -> str:
         return f"steps that sum to one, at most {self.most}, state: {self.state}"
-
-
-def _own(sub: Sublayer, publishes: tuple[str, ...]) -> str:
-    """The first publication of the sublayer that its mixer makes, not its depth."""
-    return next((what for what in sub.publish.values() if what not in publishes), "")
 
 
 Depth = Fixed | Mod | Loop | Ode

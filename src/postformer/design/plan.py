@@ -168,10 +168,10 @@ def check(recipe: Recipe) -> None:
                 for k, inner in enumerate(shared_places(model, name, copy, len(model.stack))):
                     there = f"model.shared.{name}.layer.{k}"
                     own = _fits(inner, there, inside)
-                    _deep(inner, model.shared[name].layer[:k], there, inside, model)
+                    _deep(inner, own, model.shared[name].layer[:k], there, inside, model)
                     _publish(inner.sublayer, own, there, inside)
                 offered = tuple(inside - published)
-            _deep(item, model.layers[model.stack[item.place.layer]][:j], where, published, model)
+            _deep(item, offered, model.layers[model.stack[item.place.layer]][:j], where, published, model)
             _publish(item.sublayer, offered, where, published)
 
 
@@ -200,13 +200,15 @@ def _fits(item: Planned, where: str, published: set[str]) -> tuple[str, ...]:
     return traits.publishes
 
 
-def _deep(item: Planned, earlier: tuple[Sublayer, ...], where: str, published: set[str], model: Model) -> None:
-    """A depth fits its sublayer, its mixer and what stands before it. earlier: the layer's sublayers so far."""
+def _deep(item: Planned, offered: tuple[str, ...], earlier: tuple[Sublayer, ...], where: str, published: set[str],
+          model: Model) -> None:
+    """A depth fits its sublayer, its mixer, which offers these publications, and the sublayers of its layer so far."""
     sub = item.sublayer
     if sub.depth.kind == "fixed":
         return
     path = f"{where}.depth"
-    if why := sub.depth.refused(sub, *able(item, model)):
+    own = [what for what in sub.publish.values() if what in offered]
+    if why := sub.depth.refused(sub, own, *able(item, model)):
         raise DesignError(why, path=path)
     if earlier and earlier[-1].residual == "next":
         raise DesignError("what the sublayer before leaves for this one's input alone (residual: next) is no part of "

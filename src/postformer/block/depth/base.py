@@ -31,7 +31,7 @@ class Depth(Mixer):
     """x [B, T, D], the stream -> what the sublayer adds to it (or, where it has no residual, puts in its place).
 
     Subclasses write `run` and `out`. `plan` is what is settled with all tokens of a call in view; `run` takes any
-    number of them, and the reference takes them one by one. Losses and measurements of the branch's mixer are "of.NAME".
+    number of them, and the reference takes them one by one. What the branch's mixer loses or measures is "of.NAME".
     """
 
     declared = False

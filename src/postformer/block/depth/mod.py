@@ -160,5 +160,4 @@ class Skipping(Depth):
 def best(score: Tensor, valid: Tensor, capacity: float) -> Tensor:
     """[B, T] bool: of each row's tokens that exist, the ceil(capacity * their number) of largest score."""
     order = score.masked_fill(~valid, -math.inf).argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(score.shape[1], device=score.device).expand_as(order))
-    return rank < torch.ceil(capacity * valid.sum(1, keepdim=True))
+    return order.argsort(dim=1) < torch.ceil(capacity * valid.sum(1, keepdim=True))
