@@ -91,9 +91,10 @@ class Skipping(Depth):
         if self.predictor is not None:
             found["predicted"] = wide(self.predictor, x.detach())
         if self.declared:
-            count = torch.arange(x.shape[1] + 1, device=x.device, dtype=torch.float64)
-            share = (count * self.design.capacity).floor()
-            chosen = (share.diff() > 0).expand(x.shape[:2])
+            assert ctx.position is not None
+            both = torch.stack([ctx.position, ctx.position + 1]).double()
+            before, after = (self.design.capacity * both).floor()
+            chosen = after > before
         elif self.design.capacity == 1:
             chosen = valid
         elif self.predictor is None:

@@ -52,7 +52,7 @@ class Continuous(Repeating):
             f = apply(n, h, active)
             step = torch.where(active, cut, 0).to(f.dtype)[..., None]
             if self.replaces:
-                h = torch.where(active[..., None], torch.lerp(h, f, step.expand_as(f)), h)
+                h = torch.where(active[..., None], (1 - step) * h + step * f, h)
                 made = h
             else:
                 made = made + step * f
