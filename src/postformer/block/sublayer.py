@@ -8,40 +8,61 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from postformer.block.depth import adapted, make_depth
+from postformer.block.reference import Reference
 from postformer.contract.context import Context, extended
-from postformer.contract.mixer import Mixer, Out, prefixed
+from postformer.contract.mixer import Mixer, Out, Traits, joined, prefixed
 from postformer.contract.state import State
 from postformer.design.grammar import Sublayer as SublayerDesign
 
 
-class Reference:
-    """A module used here and owned elsewhere: reachable, but neither registered nor saved twice."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-
 class Sublayer(nn.Module):
-    """One residual branch around a mixer. `mixer` is registered, or a Reference to a shared block."""
+    """One residual branch around a mixer. `mixer` is registered, or a Reference to a shared block.
+
+    site: where it stands; only a depth that is not fixed needs it.
+    """
 
     def __init__(self, design: SublayerDesign, mixer: Mixer | Reference, norm: nn.Module, post_norm: nn.Module,
-                 out: nn.Module | None, width: int) -> None:
+                 out: nn.Module | None, width: int, site: Any = None) -> None:
         super().__init__()
         self.design, self.norm, self.post_norm, self.out = design, norm, post_norm, out
         self.mixer: Any = mixer
         self.gain = nn.Parameter(torch.ones(width)) if design.scale == "learned" else None
+        self.depth = make_depth(design.depth, site, self, able(self.inner), self.reads)
 
     @property
-    def runs(self) -> Mixer:
+    def inner(self) -> Mixer:
+        """The mixer of the branch."""
         found: Any = self.mixer.module if isinstance(self.mixer, Reference) else self.mixer
         return found
 
+    @property
+    def runs(self) -> Mixer:
+        """What has the state of the sublayer: the mixer, or what decides how often it runs."""
+        return self.inner if self.depth is None else self.depth
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The publications that the branch reads."""
+        found = {*self.design.input, *able(self.inner).reads}
+        for sub in self.inner.sublayers if isinstance(self.inner, Layer) else ():
+            assert isinstance(sub, Sublayer)
+            found |= {*sub.reads, sub.design.depth.score}
+        return frozenset(found - {"x"})
+
     def forward(self, stream: Tensor, pending: Tensor | None, state: State, ctx: Context) -> Out:
-        """stream [B, T, D] and what an earlier `residual: next` left for this input -> the branch."""
+        """stream [B, T, D] and what an earlier `residual: next` left for this input -> what the residual takes."""
         x = stream if pending is None else stream + pending
+        return self.branch(self.inputs(x, ctx), state, ctx) if self.depth is None else self.depth(x, state, ctx)
+
+    def inputs(self, x: Tensor, ctx: Context) -> Tensor:
+        """The stream x, and whatever else the design has beside it or in its place: [B, T, D_in]."""
         parts = [x if name == "x" else ctx.shared[name] for name in self.design.input]
-        x = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        out = self.runs(self.norm(x), state, ctx)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def branch(self, x: Tensor, state: State, ctx: Context) -> Out:
+        """Norm, mixer, post-norm, scale: x [B, T, D_in] -> y [B, T, D]."""
+        out = self.inner(self.norm(x), state, ctx)
         y = out.y if self.out is None else self.out(out.y)
         y = self.post_norm(y)
         if self.gain is not None:
@@ -87,3 +108,10 @@ class Layer(Mixer):
 
     def part(self, name: str) -> Any:
         return self.sublayers[int(name)].runs
+
+
+def able(mixer: Mixer) -> Traits:
+    """What a built mixer can do; a shared block: what all of its sublayers can."""
+    if not isinstance(mixer, Layer):
+        return mixer.traits(mixer.design)
+    return joined([adapted(able(s.inner), s.design.depth) for s in mixer.sublayers])  # type: ignore[union-attr]

@@ -54,6 +54,9 @@ class Traits:
     stateful: bool = True
     exact_gradients: bool = True
     """False: gradients that are meant to differ from the derivative (straight-through estimators, truncation)."""
+    same_in_training: bool = True
+    """False: training chooses by what evaluation cannot see (the top of a whole sequence). Verify then looks at
+    evaluation."""
     publishes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     """Names of publications it needs in ctx.shared."""
@@ -78,6 +81,7 @@ def joined(each: Sequence[Traits]) -> Traits:
         native_emit=all(t.native_emit for t in each),
         stateful=any(t.stateful for t in each),
         exact_gradients=all(t.exact_gradients for t in each),
+        same_in_training=all(t.same_in_training for t in each),
         reads=tuple(name for t in each for name in t.reads),
     )
 

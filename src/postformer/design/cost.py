@@ -6,7 +6,8 @@ reference path; elementwise work is not counted. State bytes are per sequence, K
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 
 def visible_keys(tokens: int, context: int, window: int | None) -> int:
@@ -30,6 +31,8 @@ class Cost:
     state: int = 0
     state_per_token: tuple[tuple[int, int | None], ...] = ()
     """(bytes per token kept, window or None)"""
+    state_per_share: tuple[tuple[int, float], ...] = ()
+    """(bytes per token kept, the share of tokens that are kept)"""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -38,6 +41,7 @@ class Cost:
             self.flops_per_key + other.flops_per_key,
             self.state + other.state,
             self.state_per_token + other.state_per_token,
+            self.state_per_share + other.state_per_share,
         )
 
     def __radd__(self, other: int) -> Cost:
@@ -45,7 +49,7 @@ class Cost:
 
     def shared(self) -> Cost:
         """The cost of one more use of parameters that are counted elsewhere."""
-        return Cost(0, self.flops_per_token, self.flops_per_key, self.state, self.state_per_token)
+        return replace(self, params=0)
 
     def flops(self, tokens: int = 1, context: int = 0) -> float:
         """Forward FLOPs of `tokens` tokens of one sequence that follow `context` earlier ones."""
@@ -55,7 +59,7 @@ class Cost:
     def state_bytes(self, context: int) -> int:
         """Bytes of state that one sequence carries after `context` tokens."""
         kept = sum(b * (context if window is None else min(context, window)) for b, window in self.state_per_token)
-        return self.state + kept
+        return self.state + kept + sum(b * math.floor(share * context) for b, share in self.state_per_share)
 
 
 def linear(d_in: int, d_out: int, bias: bool = False) -> Cost:

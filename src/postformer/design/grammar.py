@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, WithJsonSchema, mod
 
 from postformer.design import registry
 from postformer.design.base import Design, DesignError, word
+from postformer.design.depth import AnyDepth, Fixed
 from postformer.design.linear import Linears, Lora
 
 VERSION = 1
@@ -74,6 +75,8 @@ class Sublayer(Design):
     scale: float | Literal["learned"] | None = None
     publish: dict[str, str] = Field(default_factory=dict)
     """name -> what of the mixer's publications"""
+    depth: AnyDepth = Fixed()
+    """How often it runs at each token"""
 
 
 class Shared(Design):

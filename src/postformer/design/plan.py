@@ -12,6 +12,7 @@ from postformer.design import registry
 from postformer.design.base import Design, DesignError, nearest
 from postformer.design.cost import Cost
 from postformer.design.cost import linear as linear_cost
+from postformer.design.depth import SELF
 from postformer.design.grammar import Model, Norm, Recipe, Sublayer
 from postformer.design.place import Place, mixer_cost
 
@@ -85,17 +86,32 @@ def used_copies(model: Model) -> list[tuple[str, int]]:
     return list(dict.fromkeys(item.shared for layer in planned(model) for item in layer if item.shared))
 
 
+def _inside(item: Planned, model: Model) -> list[Planned]:
+    """The sublayers of the shared block that stands at a site."""
+    assert item.shared is not None
+    return shared_places(model, *item.shared, len(model.stack))
+
+
+def able(item: Planned, model: Model) -> tuple[bool, bool]:
+    """Whether the mixer of a sublayer, or of those of its shared block any, has a state; whether all that have one
+    honour soft gates."""
+    designs = [item.design] if item.shared is None else [inner.design for inner in _inside(item, model)]
+    traits = [registry.resolve(design.kind).traits(design) for design in designs]
+    return any(t.stateful for t in traits), all(t.soft_gates for t in traits if t.stateful)
+
+
 def sublayer_cost(item: Planned, model: Model) -> Cost:
     """Norms, mixer, output map and scale of one sublayer; of a shared block only the site's own part."""
     sub, width = item.sublayer, item.place.width
     total = Cost(params=norm_params(sub.norm or model.norm, width) + norm_params(sub.post_norm, model.width))
     if item.shared is None:
-            total += mixer_cost(item.design, item.place)
+        inner = mixer_cost(item.design, item.place)
     else:
-        block = shared_places(model, item.shared[0], item.shared[1], len(model.stack))
-        total += sum((sublayer_cost(b, model) for b in block), Cost()).shared()
+        inner = sum((sublayer_cost(b, model) for b in _inside(item, model)), Cost()).shared()
     if sub.out:
-        total += item.place.linear_cost(model.width, model.width)
+        inner += item.place.linear_cost(model.width, model.width)
+    stateful, _ = able(item, model)
+    total += sub.depth.cost(inner, item.place, model.width, stateful)
     if sub.scale == "learned":
         total += Cost(params=model.width)
     return total
@@ -151,8 +167,11 @@ def check(recipe: Recipe) -> None:
                 inside = set(published)
                 for k, inner in enumerate(shared_places(model, name, copy, len(model.stack))):
                     there = f"model.shared.{name}.layer.{k}"
-                    _publish(inner.sublayer, _fits(inner, there, inside), there, inside)
+                    own = _fits(inner, there, inside)
+                    _deep(inner, own, model.shared[name].layer[:k], there, inside, model)
+                    _publish(inner.sublayer, own, there, inside)
                 offered = tuple(inside - published)
+            _deep(item, offered, model.layers[model.stack[item.place.layer]][:j], where, published, model)
             _publish(item.sublayer, offered, where, published)
 
 
@@ -184,7 +203,28 @@ def _fits(item: Planned, where: str, published: set[str]) -> tuple[str, ...]:
     return traits.publishes
 
 
+def _deep(item: Planned, offered: tuple[str, ...], earlier: tuple[Sublayer, ...], where: str, published: set[str],
+          model: Model) -> None:
+    """A depth fits its sublayer, its mixer, which offers these publications, and the sublayers of its layer so far."""
+    sub = item.sublayer
+    if sub.depth.kind == "fixed":
+        return
+    path = f"{where}.depth"
+    own = [what for what in sub.publish.values() if what in offered]
+    if why := sub.depth.refused(sub, own, *able(item, model)):
+        raise DesignError(why, path=path)
+    if earlier and earlier[-1].residual == "next":
+        raise DesignError("what the sublayer before leaves for this one's input alone (residual: next) is no part of "
+                          "the stream, and would be lost at tokens that skip or repeat this one; give that one "
+                          "residual: add, or leave depth fixed here", path=path)
+    score = sub.depth.score
+    if score != SELF and score not in published - {"embedding", "tokens"}:
+        raise DesignError(f"score '{score}' is read before any earlier sublayer publishes it."
+                          f"{nearest(score, {SELF, *published} - {'embedding', 'tokens'})}", path=f"{path}.score")
+
+
 def _publish(sub: Sublayer, offered: tuple[str, ...], where: str, published: set[str]) -> None:
+    offered = (*offered, *sub.depth.publishes)
     for name, what in sub.publish.items():
         path = f"{where}.publish.{name}"
         if what not in offered:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from postformer.block.sublayer import Layer, Reference, Sublayer
+from postformer.block.reference import Reference
+from postformer.block.sublayer import Layer, Sublayer
 from postformer.contract.context import Context, extended
 from postformer.contract.mixer import Mixer, Out, prefixed
 from postformer.contract.state import State
@@ -44,7 +45,7 @@ class Stack(Mixer):
             mixer = build_mixer(item.design, site)
         out = site.linear("out", model.width, model.width) if sub.out else None
         return Sublayer(sub, mixer, make_norm(sub.norm or model.norm, site.width),
-                        make_norm(sub.post_norm, model.width), out, model.width)
+                        make_norm(sub.post_norm, model.width), out, model.width, site)
 
     def initial(self, batch: int, condition: Tensor | None = None) -> State:
         return tuple(layer.initial(batch) for layer in self.layers)  # type: ignore[operator]

@@ -258,6 +258,9 @@ class Trainer:
         line |= {name: values[name] for name in ("accuracy", "auxiliary") if name in values}
         if loads := [value for name, value in measured.items() if name.endswith(".load")]:
             line["max_violation"] = max(float(load.max() / load.double().mean() - 1) for load in loads)
+        if depths := [value / measured[f"{name.removesuffix('steps')}tokens"].clamp_min(1)
+                      for name, value in measured.items() if name.endswith(".steps")]:
+            line["depth"] = float(torch.stack([depth.double() for depth in depths]).mean())
         return line | {"lr": rate, "grad_norm": float(norm), "new_tokens": whole.tokens.numel()}
 
     def _check(self, step: int, loss: float, norm: float, rate: float) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from postformer.block.depth import as_declared
 from postformer.block.sublayer import Sublayer
 from postformer.contract import state as states
 from postformer.design.cost import linear
@@ -29,7 +30,7 @@ def sizes(s: Subject) -> Found:
     params = sum(p.numel() for p in model.parameters())
     if params != cost.params:
         return abs(params - cost.params), EXACT, f"params: declared {cost.params}, built {params}"
-    with torch.no_grad():
+    with torch.no_grad(), as_declared(model):
         for context in (5, 37):
             tokens = torch.zeros(1, context, dtype=torch.long)
             measured = states.size(model(tokens).state)
@@ -46,7 +47,7 @@ def flops(s: Subject) -> Found:
     declared = cost.flops(24) - linear(s.width, s.recipe.model.vocab).flops(24)
     # Without gradients: the counter's hooks stumble over a learned initial state.
     model, tokens = build(s.recipe.model).requires_grad_(False), torch.zeros(1, 24, dtype=torch.long)
-    with torch.no_grad(), use(backend="reference"), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), use(backend="reference"), as_declared(model), FlopCounterMode(display=False) as counter:
         model.run(model.embed(tokens), tokens=tokens)
     counted = counter.get_total_flops()
     gap = abs(declared / counted - 1) if counted else abs(declared)

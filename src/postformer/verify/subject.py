@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from postformer.block.depth import adapted
 from postformer.contract.context import Context
 from postformer.contract.mixer import Out, Traits, joined
 from postformer.design import Recipe, load, registry
 from postformer.design.base import Design
-from postformer.design.plan import planned, shared_places
+from postformer.design.plan import Planned, planned, shared_places
 from postformer.model import LanguageModel, build
 from postformer.model.language import LMState
 
@@ -90,13 +92,18 @@ def subject(recipe: Recipe, dtype: torch.dtype = torch.float64, seed: int = 0) -
         for p in learned + saved:
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
             p.add_(noise * (0.2 if p.ndim < 2 else 0.5 * p.shape[-1] ** -0.5))
-    return Subject(recipe, model, stack_traits(recipe))
+    traits = stack_traits(recipe)
+    # Where training chooses by what evaluation cannot see, the contract is one of evaluation.
+    return Subject(recipe, model if traits.same_in_training else model.eval(), traits)
 
 
 def stack_traits(recipe: Recipe) -> Traits:
     """What the whole stack can do: what all of its mixers can."""
     model = recipe.model
-    designs = [item.design for layer in planned(model) for item in layer if item.design is not None]
-    for name, block in model.shared.items():
-        designs += [i.design for c in range(block.copies) for i in shared_places(model, name, c, 1) if i.design]
-    return joined([registry.resolve(d.kind).traits(d) for d in designs])
+
+    def able(items: Sequence[Planned]) -> Traits:
+        each = [registry.resolve(i.design.kind).traits(i.design) if i.shared is None else
+                able(shared_places(model, *i.shared, len(model.stack))) for i in items]
+        return joined([adapted(traits, i.sublayer.depth) for traits, i in zip(each, items)])
+
+    return able([item for layer in planned(model) for item in layer])

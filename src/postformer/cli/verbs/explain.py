@@ -35,7 +35,7 @@ def explain(
         "params": cost and cost.params, "memories": {}, "stack": list(model.stack),
         "flops_per_token": cost and {c: cost.flops(1, c - 1) for c in CONTEXTS},
         "state_bytes": cost and {c: cost.state_bytes(c) for c in CONTEXTS},
-        "linear": model.linear.in_words,
+        "linear": model.linear.in_words, "depth": {},
     }
     print(f"{made.name} - {made.summary}" if made.summary else made.name)
     if made.paper:
@@ -56,6 +56,8 @@ def explain(
     print(f"\nstack: width {model.width}, {len(model.stack)} layers, vocabulary {model.vocab}")
     for count, layer in _runs(list(model.stack)):
         print(f"  {count:>3} x  {_sequence(model, model.layers[layer])}")
+    for where, depth in _depths(model).items():
+        about["depth"][where] = depth.dump()
     for name, block in model.shared.items():
         copies = "" if block.copies == 1 else f", {block.copies} copies"
         print(f"  shared block {name}{copies}:  {_sequence(model, block.layer)}")
@@ -69,6 +71,8 @@ def explain(
         for c in CONTEXTS:
             print(f"{c:>10,}  {number(cost.flops(1, c - 1)):>12}  {size(cost.state_bytes(c)):>22}")
         print("(FLOPs: two per multiply-add of a forward pass; state in fp32, key-value lists included)")
+        if about["depth"]:
+            print("(FLOPs of tokens whose depth adapts: mod at its capacity, loop and ode at the most steps)")
     if made.paper:
         print("\n" + bibtex(made.paper))
     finish(about, json)
@@ -95,12 +99,21 @@ def _sequence(model: Model, layer: Sequence[Sublayer]) -> str:
     words = []
     for sub in layer:
         if not isinstance(sub.use, str):
-            words.append(sub.use.kind)
+            said = sub.use.kind
         elif sub.use in model.mixers:
-            words.append(f"{sub.use} ({model.mixers[sub.use].kind})")
+            said = f"{sub.use} ({model.mixers[sub.use].kind})"
         else:
-            words.append(f"{sub.use} (shared)")
+            said = f"{sub.use} (shared)"
+        words.append(f"{said} [{depth}]" if (depth := sub.depth.in_words) else said)
     return "  then  ".join(words)
+
+
+def _depths(model: Model) -> dict[str, Any]:
+    """Every depth that is not fixed, by where it is written."""
+    written = {f"layers.{name}": layer for name, layer in model.layers.items()}
+    written |= {f"shared.{name}.layer": block.layer for name, block in model.shared.items()}
+    return {f"{where}.{j}": sub.depth for where, layer in written.items() for j, sub in enumerate(layer)
+            if sub.depth.in_words}
 
 
 def _runs(stack: list[str]) -> list[tuple[int, str]]:
