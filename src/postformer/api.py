@@ -132,9 +132,8 @@ class Run:
     def report(self, out: str | Path | None = None) -> Path:
         """One HTML page about the run."""
         from postformer.report import render
-        from postformer.training.record import newest
 
-        return render(newest(self.directory), out)
+        return render(self.directory, out)
 
 
 def load(recipe: str | Path | dict[str, Any], overrides: Sequence[str] = (), width: int | None = None,

@@ -89,7 +89,7 @@ class LanguageModel(nn.Module):
         return dict(self._outs)
 
     def tied(self) -> dict[str, tuple[str, str]]:
-        """The stack's own parameters: name -> (`identity` of the mixer whose uses share it, what that mixer calls it)."""
+        """The stack's own parameters: name -> (`identity` of the mixer whose uses share it, its name there)."""
         return dict(self._tied)
 
     def initial(self, batch: int) -> LMState:

@@ -21,6 +21,7 @@ cannot be grown so, which is found out and refused.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
@@ -48,7 +49,7 @@ class Grow(Surgery):
     layers: int | None = Field(default=None, ge=2)
     """Instead of factor: of the whole stack"""
 
-    preserves: ClassVar[str] = "identity: the logits. stack and interleave: every layer's weights, not what they compute"
+    preserves: ClassVar[str] = "identity: the logits; stack, interleave: every layer's weights, not what they compute"
 
     @model_validator(mode="after")
     def _one(self) -> Grow:
@@ -110,8 +111,8 @@ def grown(model: Model, how: Grow) -> tuple[Model, list[int], list[int]]:
     new = model.model_copy(update={"stack": tuple(model.stack[i] for i in source)})
     # A shared block's copies take turns over its sites; a copy that came to stand elsewhere would not be grown.
     if [signs[i] for i in source] != _signs(new)[0]:
-        raise DesignError(f"how: {how.how} would give sites another copy of a shared block than they were trained with; "
-                          "grow by how: stack, with as many whole turns of its copies", path="model.shared")
+        raise DesignError(f"how: {how.how} would give sites another copy of a shared block than they were trained "
+                          "with; start from a model whose copies have all had as many turns", path="model.shared")
     return new, source, added
 
 
@@ -128,7 +129,7 @@ def _signs(model: Model) -> tuple[list[tuple], list[bool]]:
 def _runs(single: list[bool]) -> list[range]:
     """The stretches of layers that may be repeated."""
     edges = [-1, *(i for i, s in enumerate(single) if s), len(single)]
-    return [range(a + 1, b) for a, b in zip(edges, edges[1:], strict=False) if b - a > 1]
+    return [range(a + 1, b) for a, b in pairwise(edges) if b - a > 1]
 
 
 def _tile(signs: list[tuple], run: range, total: int) -> int:
@@ -139,8 +140,8 @@ def _tile(signs: list[tuple], run: range, total: int) -> int:
     if n % tile == 0 or 2 * tile > n:
         return tile if n % tile == 0 else n
     less, more = total - n % tile, total + tile - n % tile
-    raise DesignError(f"the stack ends in the middle of its pattern: {n} layers from layer {run.start} on repeat a tile "
-                      f"of {tile}. Start from whole tiles (--layers {less} or {more})", path="model.stack")
+    raise DesignError(f"the stack ends in the middle of its pattern: {n} layers from layer {run.start} on repeat a "
+                      f"tile of {tile}. Start from whole tiles (--layers {less} or {more})", path="model.stack")
 
 
 def _size(length: int, tile: int, old: int, total: int, how: Grow) -> int:

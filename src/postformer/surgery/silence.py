@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from postformer.block.sublayer import Reference, Sublayer
+from postformer.contract.mixer import Out
 from postformer.design import DesignError
 from postformer.design.grammar import Model
 from postformer.layers.linear import silent_at_zero
@@ -101,8 +102,12 @@ def _set(model: LanguageModel, values: Silence, kept: dict[str, Tensor]) -> None
 def _silent(model: LanguageModel, paths: list[str], tokens: Tensor) -> dict[str, bool]:
     """Whether each branch adds exactly nothing to the stream."""
     found: dict[str, bool] = {}
-    hooks = [model.get_submodule(path).register_forward_hook(
-        lambda _, __, out, path=path: found.__setitem__(path, not bool(out.y.any()))) for path in paths]
+
+    def look(path: str, out: Out) -> None:
+        found[path] = not bool(out.y.any())
+
+    hooks = [model.get_submodule(path).register_forward_hook(lambda _, __, out, path=path: look(path, out))
+             for path in paths]
     try:
         with torch.no_grad(), evaluating(model):
             model(tokens)

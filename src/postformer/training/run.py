@@ -253,17 +253,17 @@ def _is_int(value: Any) -> bool:
 def run_source(recipe: Recipe, source: Source, config: TrainConfig, directory: Path, progress: str, resume: bool, *,
                begin: Callable[[], tuple[nn.Module, list[str]]] | None = None,
                stage: dict[str, Any] | None = None) -> Result:
-    """`train_language` on any source. begin: makes the initial model, and lines to print about it; called only while
-    there is no checkpoint. stage: of a training of several, for the record."""
+    """`train_language` on any source. begin: makes the model to begin with, inside the source's reading, and lines to
+    print about it; called only while there is no checkpoint. stage: of a training of several, for the record."""
     check_vocabulary(recipe, source.vocab)
     device = device_of(config)
     check_size(recipe, device)  # before the directory is claimed for a run that cannot begin
     config = config.model_copy(update={"threads": config.threads or torch.get_num_threads(), "device": device.type})
     fresh = not (directory / record.RUN).exists()
-    started, notes = None, []
+    started, inside, notes = None, None, []
     begun = bool(checkpoint.steps(directory / "checkpoints"))
     if begin is not None and not begun:
-        started, notes = begin()
+        inside, notes = begin()
     elif config.start is not None and not begun:
         started = initial_model(recipe, config)
         notes = checkpoint.start_from(started, config.start)
@@ -273,7 +273,7 @@ def run_source(recipe: Recipe, source: Source, config: TrainConfig, directory: P
         if not fresh:
             old = TrainConfig.model_validate(run["config"])
             config = config.model_copy(update={"threads": old.threads})
-        model = source.around(started or initial_model(recipe, config)).to(device)
+        model = (inside or source.around(started or initial_model(recipe, config))).to(device)
         trainer = Trainer(
             model, NextToken(), source.batch_at, config, directory=directory, evaluate=source.evaluate,
             bytes_per_token=source.bytes_per_token, progress=progress, identity=record.identity(run),

@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import nn
 
@@ -114,7 +115,7 @@ def _stage(recipe: Recipe, said: Mapping[str, Any], common: Mapping[str, Any], k
     if not isinstance(own, Mapping):
         raise DesignError(f"the changes of a stage are a mapping, e.g. {{steps: 1000}} (got {own!r})",
                           path=f"{path}.train")
-    if k and "start" in own:
+    if k and own.get("start") is not None:
         raise DesignError("a stage starts from the one before it; leave start out", path=f"{path}.train.start")
     settings = _merged(common, own)
     if settings.get("steps") is None and settings.get("tokens") is None:
@@ -172,10 +173,15 @@ def train_stages(job: Work, stages: Sequence[Stage], directory: str | Path, *, p
             if (done := record.read_result(here)) is not None and ended(done):
                 result = done
                 continue
-            source = job.source(stage.config)
-            begin = partial(_begin, stages[k - 1].recipe, stage, source, here.with_name(f"stage-{k - 1}")) if k else None
+            config, source, begin = stage.config, job.source(stage.config), None
+            if k:
+                before = directory / f"stage-{k - 1}"
+                begin = partial(_begin, stages[k - 1].recipe, stage, source, before)
+                # The sums of all stages are those of the first one's threads, whichever session comes to them.
+                threads = config.threads or record.read_run(before)["config"]["threads"]
+                config = config.model_copy(update={"threads": threads})
             marks = {"index": k, "of": len(stages), "surgery": None if stage.surgery is None else stage.surgery.said()}
-            result = run.run_source(stage.recipe, source, stage.config, here, progress, True, begin=begin, stage=marks)
+            result = run.run_source(stage.recipe, source, config, here, progress, True, begin=begin, stage=marks)
             if not ended(result):
                 break
         assert result is not None
@@ -245,16 +251,29 @@ def _essence(asked: Mapping[str, Any]) -> str:
 
 
 def _begin(before: Recipe, stage: Stage, source: Source, directory: Path) -> tuple[nn.Module, list[str]]:
-    """The model a stage starts with, and what to say about it. Only files are read, so that it is the same whether the
-    stage before ran in this session or in another."""
+    """The model a stage starts with, inside the source's reading, and what to say about it. Only files are read, so
+    that it is the same whether the stage before ran in this session or in another."""
     last = checkpoint.steps(directory / "checkpoints")[-1]
     file = directory / "checkpoints" / f"step-{last}" / checkpoint.WEIGHTS
     model: Any = run.build_model(before, stage.config.seed)
-    checkpoint.load_weights(source.around(model), file)
+    whole = source.around(model)
+    checkpoint.load_weights(whole, file)
     notes = [f"starts from {file}"]
-    if stage.surgery is not None:
-        depth = len(before.model.stack)
-        model = stage.surgery.operate(model)
-        notes.append(f"surgery: {stage.surgery.in_words()}: {depth} layers become {len(stage.recipe.model.stack)}; "
-                     "the optimiser starts afresh")
-    return model, notes
+    if stage.surgery is None:
+        return whole, notes
+    grown = stage.surgery.operate(model)
+    after = source.around(grown)
+    own = {id(value) for value in grown.state_dict(keep_vars=True).values()}
+    trained = whole.state_dict()
+    with torch.no_grad():
+        for name, value in after.state_dict(keep_vars=True).items():
+            if id(value) not in own:  # of the reading, which has weights of its own
+                value.copy_(trained[name])
+    notes.append(f"surgery: {stage.surgery.in_words()}: {len(before.model.stack)} layers become "
+                 f"{len(stage.recipe.model.stack)}, {_params(model)} parameters {_params(grown)}; the optimiser starts "
+                 "afresh")
+    return after, notes
+
+
+def _params(model: nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters()):,}"

@@ -49,10 +49,8 @@ def train(
     made = load(recipe, design, width, layers)
     where = out or run_directory(made.name, data)
     if stages is not None:
-        if said_tokens := context.get_parameter_source("tokens"):
-            if said_tokens.name == "COMMANDLINE":
-                raise typer.BadParameter(f"--tokens cannot be given with --stages: {stages} says how long each stage "
-                                         "is. Write `tokens` there")
+        if _given(context, "tokens"):
+            raise typer.BadParameter(f"--tokens cannot be given with --stages: {stages} says how long each stage is")
         job = work(made, data)
         steps = staged(job.recipe, stages, {"device": device} | settings)
         _corpus(job, quiet)
@@ -76,11 +74,15 @@ def _alone(context: typer.Context, resume: Path) -> None:
     """A run is continued as it was begun: what else is asked for would be ignored, so it is refused."""
     beside = {"resume", "quiet", "json"}
     for option in context.command.params:
-        source = context.get_parameter_source(option.name or "")
-        if option.name not in beside and source is not None and source.name == "COMMANDLINE":
+        if option.name not in beside and _given(context, option.name or ""):
             said = option.opts[-1] if option.opts[-1].startswith("-") else f"the recipe {context.params[option.name]}"
             raise typer.BadParameter(f"{said} cannot be given with --resume: the run in {resume} goes on as it was "
                                      "begun. Leave it out, or start a new run in another directory without --resume")
+
+
+def _given(context: typer.Context, option: str) -> bool:
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _count(text: str) -> int:
