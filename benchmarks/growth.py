@@ -8,8 +8,9 @@ STEPS steps; its FLOPs (three forward passes a step, by the cost model) are the 
 SHARE of it on 2 layers, grow to 8 by the arm's surgery, and go on. All warm up for WARMUP steps (again after the
 growth, where AdamW starts afresh), keep their rate, and let it fall linearly to a tenth in the last fifth of their
 budget. Growth is measured with 1/2, 3/4 and all of the FLOPs of scratch, each with a fall of its own: the constant
-part of the runs is shared. Rates are chosen for each arm and width on a seed of their own (all FLOPs for scratch, 3/4 for the others);
-where the best stands at the end of the list, one further rate is tried. Validation: the same 32,768 bytes throughout.
+part of the runs is shared. Rates are chosen for each arm and width on a seed of their own (all FLOPs for scratch, 3/4
+for the others); where the best stands at the end of the list, one further rate is tried. Validation: the same 32,768
+bytes throughout.
 """
 
 from __future__ import annotations

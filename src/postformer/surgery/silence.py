@@ -10,12 +10,12 @@ router or a mixture of experts every one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from postformer.block.sublayer import Reference, Sublayer
-from postformer.contract.mixer import Out
 from postformer.design import DesignError
 from postformer.design.grammar import Model
 from postformer.layers.linear import silent_at_zero
@@ -103,7 +103,7 @@ def _silent(model: LanguageModel, paths: list[str], tokens: Tensor) -> dict[str,
     """Whether each branch adds exactly nothing to the stream."""
     found: dict[str, bool] = {}
 
-    def look(path: str, out: Out) -> None:
+    def look(path: str, out: Any) -> None:
         found[path] = not bool(out.y.any())
 
     hooks = [model.get_submodule(path).register_forward_hook(lambda _, __, out, path=path: look(path, out))
