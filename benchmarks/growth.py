@@ -9,8 +9,9 @@ SHARE of it on 2 layers, grow to 8 by the arm's surgery, and go on. All warm up 
 growth, where AdamW starts afresh), keep their rate, and let it fall linearly to a tenth in the last fifth of their
 budget. Growth is measured with 1/2, 3/4 and all of the FLOPs of scratch, each with a fall of its own: the constant
 part of the runs is shared. Rates are chosen for each arm and width on a seed of their own (all FLOPs for scratch, 3/4
-for the others); where the best stands at the end of the list, one further rate is tried. Validation: the same 32,768
-bytes throughout.
+for the others); where the best stands at the end of the list, one further rate is tried. `small` is the 2-layer model
+trained with all the FLOPs, at the rate of `stack`: what growing has to beat. Validation: the same 32,768 bytes
+throughout.
 """
 
 from __future__ import annotations
@@ -111,20 +112,22 @@ def measure(ledger: Ledger, corpus: Corpus, width: int, arm: str, rate: float, s
     began = time.monotonic()
     source = Batches(corpus.train, LENGTH, BATCH, seed)
     extra: dict[str, float] = {}
-    if arm == "scratch":
-        model, offset = build(load(ARCH, width=width, layers=LARGE).model, seed), 0
+    layers = SMALL if arm == "small" else LARGE
+    if arm in ("scratch", "small"):
+        model, offset = build(load(ARCH, width=width, layers=layers).model, seed), 0
     else:
         small, offset = small_model(corpus, width, rate, seed), small_steps(width)
         model = grow(small, LARGE, how=arm)  # type: ignore[arg-type]
         extra = {"before": bits(small, corpus), "after": bits(model, corpus)}
-    ends = {b: STEPS if arm == "scratch" else large_steps(width, b) for b in budgets}
-    falls = {b: round(FALL * b * STEPS) for b in budgets}
+    whole = round(STEPS * flops(width, LARGE) / flops(width, layers))
+    ends = {b: whole if offset == 0 else large_steps(width, b) for b in budgets}
+    falls = {b: round(FALL * b * whole) for b in budgets}
     trunk = trainer(model, source, rate, max(ends.values()), 0, offset)
     for b in sorted(budgets):
         while trunk.position.step < ends[b] - falls[b]:
             trunk.advance(trunk.position.step)
         done = branch(trunk, source, rate, ends[b], falls[b], offset)
-        spent = ends[b] * flops(width, LARGE) + (0 if arm == "scratch" else offset * flops(width, SMALL))
+        spent = ends[b] * flops(width, layers) + offset * flops(width, SMALL)
         ledger.add(width=width, arm=arm, rate=rate, seed=seed, budget=b, bits=bits(done, corpus), flops=spent,
                    small_steps=offset, steps=ends[b], seconds=round(time.monotonic() - began, 1), **extra)
 
@@ -201,6 +204,10 @@ def table(ledger: Ledger) -> str:
                 shares = ", ".join("< 50 %" if n == 0 else "> 100 %" if n == math.inf else f"{100 * n:.0f} %"
                                    for n in (needed(ledger, width, arm, s) for s in SEEDS))
             lines.append(f"| {width} | {arm} | {rates[arm]:g} | {' | '.join(cells)} | {gaps} | {shares} |")
+        if len(tried := ledger.find(width=width, arm="small", budget=1.0)) == len(SEEDS):
+            values = [line["bits"] for line in tried]
+            lines.append(f"| {width} | small | {tried[0]['rate']:g} |  |  | {statistics.mean(values):.3f} ± "
+                         f"{statistics.stdev(values):.3f} |  |  |")
     lines += ["", "| width | arm | before the growth | after it, untrained | all rates tried, on the sweep's seed |",
               "| ---: | --- | ---: | ---: | --- |"]
     for width in RATES:
@@ -229,6 +236,9 @@ def main() -> None:
                 for arm in ARMS:
                     measure(ledger, corpus, width, arm, best(ledger, width, arm), seed,
                             (1.0,) if arm == "scratch" else BUDGETS)
+        for width in options.widths:
+            for seed in SEEDS:
+                measure(ledger, corpus, width, "small", best(ledger, width, "stack"), seed, (1.0,))
     text = table(ledger)
     print(text)
     if PAGE.exists():

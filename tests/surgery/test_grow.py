@@ -111,7 +111,7 @@ def test_identity_learns(name):
     new = [k for k, i in enumerate(source) if source.index(i) != k]
     text = tokens(model)
     optimiser = torch.optim.SGD(large.parameters(), 0.1)
-    for step in range(2):
+    for _ in range(2):
         optimiser.zero_grad()
         F.cross_entropy(large(text).logits[:, :-1].flatten(0, 1), text[:, 1:].flatten()).backward()
         moving = {key for key, p in large.named_parameters() if p.grad is not None and bool(p.grad.any())}
