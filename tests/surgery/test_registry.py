@@ -73,6 +73,8 @@ def test_what_is_not_written_says_so():
     recipe = load("transformer", width=16, layers=1)
     with pytest.raises(NotImplementedError, match="Empty does not define recipe"):
         Empty().recipe(recipe)
+    with pytest.raises(NotImplementedError, match="Empty does not say what it preserves"):
+        Empty().preserves()
     with pytest.raises(NotImplementedError, match="Empty does not define operate"):
         Empty().operate(build(recipe.model))
 

@@ -88,7 +88,7 @@ def test_each_stage_is_a_run_that_begins_where_the_one_before_ended(job, tmp_pat
     assert [read_result(tmp_path / "run" / f"stage-{k}").step for k in range(3)] == [4, 6, 3]
     log = (tmp_path / "run" / "stage-1" / "train.log").read_text()
     assert "surgery: grow (how stack, factor 2): 2 layers become 4" in log
-    assert "the optimiser starts afresh" in log
+    assert "what stays: the weights of every layer, not the logits; the optimiser starts afresh" in log
 
     # One step of the first grown stage, done by hand.
     model = build(job.recipe.model, 7)

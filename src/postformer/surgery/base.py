@@ -1,16 +1,16 @@
 """What every surgery obeys, and the open registry of their kinds.
 
-A surgery is a frozen piece of data with a `kind`, and two functions: `recipe` says which design comes out, from the
-design alone, so that a training of several stages is checked before its first step; `operate` makes the model. A
-package adds its own by the entry-point group "postformer.surgeries", whose objects are Surgery classes, or at once by
-`@register`.
+A surgery is a frozen piece of data with a `kind`, and three functions: `recipe` says which design comes out, from the
+design alone, so that a training of several stages is checked before its first step; `operate` makes the model;
+`preserves` says what is the same in both. A package adds its own by the entry-point group "postformer.surgeries", whose
+objects are Surgery classes, or at once by `@register`.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -26,9 +26,6 @@ S = TypeVar("S", bound="type[Surgery]")
 class Surgery(Design):
     """Base of every surgery. Subclasses name themselves by `kind: Literal["..."] = "..."`."""
 
-    preserves: ClassVar[str] = ""
-    """What is the same before and after, in words."""
-
     def recipe(self, recipe: Recipe) -> Recipe:
         """The design that comes out of one that goes in. Raises DesignError where it cannot be."""
         raise NotImplementedError(f"{type(self).__name__} does not define recipe")
@@ -36,6 +33,10 @@ class Surgery(Design):
     def operate(self, model: LanguageModel) -> LanguageModel:
         """A new model; the one given is left as it was. Raises DesignError where it cannot be."""
         raise NotImplementedError(f"{type(self).__name__} does not define operate")
+
+    def preserves(self) -> str:
+        """What is the same before and after, in words."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it preserves")
 
     def in_words(self) -> str:
         """For logs: the kind and what was said of it."""

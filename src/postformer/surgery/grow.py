@@ -22,7 +22,7 @@ cannot be grown so, which is found out and refused.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -49,8 +49,6 @@ class Grow(Surgery):
     layers: int | None = Field(default=None, ge=2)
     """Instead of factor: of the whole stack"""
 
-    preserves: ClassVar[str] = "identity: the logits; stack, interleave: every layer's weights, not what they compute"
-
     @model_validator(mode="after")
     def _one(self) -> Grow:
         if (self.factor is None) == (self.layers is None):
@@ -59,6 +57,9 @@ class Grow(Surgery):
 
     def recipe(self, recipe: Recipe) -> Recipe:
         return load_recipe({**recipe.said(), "model": grown(recipe.model, self)[0].said()})
+
+    def preserves(self) -> str:
+        return "the logits" if self.how == "identity" else "the weights of every layer, not the logits"
 
     def operate(self, model: LanguageModel) -> LanguageModel:
         return _operate(model, self)
@@ -170,6 +171,7 @@ def _operate(model: LanguageModel, how: Grow) -> LanguageModel:
             for name, value in silences(design, added).items():
                 large.get_parameter(name).fill_(value)
         _same(model, large)
+    large.gradient_checkpointing = model.gradient_checkpointing
     large.train(model.training)
     return large
 

@@ -270,8 +270,8 @@ def _begin(before: Recipe, stage: Stage, source: Source, directory: Path) -> tup
             if id(value) not in own:  # of the reading, which has weights of its own
                 value.copy_(trained[name])
     notes.append(f"surgery: {stage.surgery.in_words()}: {len(before.model.stack)} layers become "
-                 f"{len(stage.recipe.model.stack)}, {_params(model)} parameters {_params(grown)}; the optimiser starts "
-                 "afresh")
+                 f"{len(stage.recipe.model.stack)}, {_params(model)} parameters {_params(grown)}; what stays: "
+                 f"{stage.surgery.preserves()}; the optimiser starts afresh")
     return after, notes
 
 
