@@ -284,6 +284,7 @@ def test_buffers_frozen_parameters_and_modes_are_kept():
     assert held == {frozen, "stack.layers.4.sublayers.0.norm.weight"}
 
 
+@pytest.mark.slow
 def test_growth_is_worth_something():
     """After as many steps of the large model, the grown one is far below the fresh one."""
     recipe = load("transformer", width=32, layers=1)
