@@ -49,16 +49,22 @@ class Architecture:
         return verify(self.recipe)
 
     def train(self, data: str = "stdlib", directory: str | Path | None = None, *, resume: bool = False,
-              progress: str = "auto", **settings: Any) -> Run:
+              progress: str = "auto", stages: str | Path | Sequence[Any] | None = None, **settings: Any) -> Run:
         """Train on text (stdlib, enwik8, a file or directory) or on task:NAME. settings: fields of TrainConfig, e.g.
         tokens=2_000_000; defaults as those of the command line.
 
-        directory: of the run; default runs/NAME-DATA. resume: continue if it already holds this run.
+        directory: of the run; default runs/NAME-DATA. resume: continue if it already holds this run. stages: a file or
+        a list of training stages, see `training.stages`; settings are then for all of them.
         """
+        from postformer.training.stages import staged, train_stages
         from postformer.training.work import configured, run_directory, work
 
-        config = configured(settings)
         where = Path(directory or run_directory(self.name, data))
+        if stages is not None:
+            job = work(self.recipe, data)
+            plan = staged(job.recipe, stages, settings)
+            return Run(where, train_stages(job, plan, where, progress=progress, resume=resume))
+        config = configured(settings)
         return Run(where, work(self.recipe, data).train(config, where, progress=progress, resume=resume))
 
     def __repr__(self) -> str:
@@ -100,8 +106,9 @@ class Run:
         from postformer.data.codec import VOCAB, decode_bytes, encode
         from postformer.sampling import Policy, StopText, stream
         from postformer.training import read_run
+        from postformer.training.record import newest
 
-        data, vocab = read_run(self.directory)["data"], self.recipe.model.vocab
+        data, vocab = read_run(newest(self.directory))["data"], self.recipe.model.vocab
         if data["kind"] != "corpus":
             raise ValueError(f"{self.directory} was trained on the task {data['name']}, not on text; "
                              "generate needs a run that was trained on text")

@@ -187,3 +187,35 @@ def test_explain_without_a_declared_cost(inside, tmp_path):
     assert done.json["params"] is None
     assert "cost not declared" in repr(postformer.load("mine.yaml"))
     assert json.dumps(done.json)
+
+
+STAGES = "stages:\n  - train: {steps: 2}\n  - {surgery: {kind: grow, how: identity, factor: 2}, train: {steps: 3}}\n"
+
+
+def test_stages(inside, tmp_path, text):
+    (tmp_path / "stages.yaml").write_text(STAGES)
+    asked = ("train", "transformer", "--data", text, *TINY, *SMALL[:4], "-s", "train.evaluate_batches=1", "--stages",
+             "stages.yaml", "--out", "run", "--quiet", "--json")
+    planned = json.loads(inside(*asked, "--dry-run").out.splitlines()[-1])
+    assert [stage["steps"] for stage in planned["stages"]] == [2, 3]
+    one, two = (stage["params"] for stage in planned["stages"])
+    assert two > 1.5 * one
+    done = inside(*asked)
+    assert done.code == 0, done.err
+    result = json.loads(done.out.splitlines()[-1])
+    assert (result["step"], result["params"], result["directory"]) == (3, two, "run/stage-1")
+    assert json.loads(inside("train", "--resume", "run", "--json").out.splitlines()[-1])["step"] == 3
+    assert inside("generate", "run", "--tokens", "3").code == 0
+    said(inside(*asked), 2, "already holds this very training", "--resume run")
+
+
+@pytest.mark.parametrize(("more", "words"), [
+    (("--stages", "none.yaml"), ["none.yaml", "cannot read the stages"]),
+    (("--stages", "stages.yaml", "--tokens", "2k"), ["--tokens", "says how long each stage is"]),
+    (("--stages", "stages.yaml", "-s", "train.stepz=3"), ["stages.0.train.stepz", "Did you mean 'steps'?"]),
+    (("--stages", "stages.yaml", "--layers", "3", "-s", "model.mixers.feedforward.kind=swigl"), ["swigl"]),
+])
+def test_wrong_stages(inside, tmp_path, text, more, words):
+    (tmp_path / "stages.yaml").write_text(STAGES)
+    said(inside("train", "transformer", "--data", text, "--width", "32", *more), 2, *words)
+    assert not (tmp_path / "runs").exists()

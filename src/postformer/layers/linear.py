@@ -109,6 +109,13 @@ class LoraLinear(nn.Linear):
         return self.weight + self.scale * self.lora_b @ self.lora_a
 
 
+def silent_at_zero(made: nn.Linear) -> list[str]:
+    """The names of the parameters that make y = 0 for every x when they are zero. A low-rank update is silent by B
+    alone, so that B still has a gradient."""
+    bias, low_rank = made.bias is not None, isinstance(made, LoraLinear)
+    return ["weight", *(["bias"] if bias else []), *(["lora_b"] if low_rank else [])]
+
+
 def make_linear(design: Design, d_in: int, d_out: int, bias: bool = False) -> nn.Linear:
     """The map a design names, as torch initialises it."""
     if isinstance(design, Ternary):

@@ -64,6 +64,8 @@ class LanguageModel(nn.Module):
         scale = design.embedding.scale
         self.scale = float(design.width**0.5 if scale == "sqrt-width" else scale)
         self._roles = {name: ledger.roles.get(id(p)) for name, p in self.named_parameters()}
+        self._outs = {name: ledger.outs[made] for name, made in self.named_modules() if made in ledger.outs}
+        self._tied = {f"stack.tied.{key}": called for key, called in ledger.called.items()}
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -81,6 +83,14 @@ class LanguageModel(nn.Module):
                 Role("head", True) if name.startswith("head.") else Role("norm", False)
             found[name] = made or fallback
         return found
+
+    def outs(self) -> dict[str, str]:
+        """The maps that sites made as `out`, in the order of the modules: module's name -> path of the site."""
+        return dict(self._outs)
+
+    def tied(self) -> dict[str, tuple[str, str]]:
+        """The stack's own parameters: name -> (`identity` of the mixer whose uses share it, its name there)."""
+        return dict(self._tied)
 
     def initial(self, batch: int) -> LMState:
         """The state before the first token."""

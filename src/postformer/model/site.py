@@ -37,12 +37,15 @@ class Tied:
 
 
 class Ledger:
-    """What the sites of one model have made: the roles of parameters, and the stack's tied parameters."""
+    """What the sites of one model have made: the roles of parameters, the maps named `out`, and the stack's tied
+    parameters."""
 
     def __init__(self) -> None:
         self.roles: dict[int, Role] = {}
+        self.outs: dict[nn.Module, str] = {}
         self.tied = nn.ParameterDict()
         self.owners: dict[str, str] = {}
+        self.called: dict[str, tuple[str, str]] = {}
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class BuildSite(Place):
         made = make_linear(self.linears.of(role), d_in, d_out, bias)
         std = d_in**-0.5 / (3**0.5)
         if name == "out":
+            self.ledger.outs[made] = self.path
             std /= (2 * self.num_layers) ** 0.5
         nn.init.normal_(made.weight, 0, std)
         for parameter in made.parameters():  # low-rank updates as well
@@ -86,6 +90,7 @@ class BuildSite(Place):
         if key not in self.ledger.tied:
             made = self.parameter(name, shape, init)
             self.ledger.tied[key] = made
+            self.ledger.called[key] = (self.identity, name)
             self.ledger.roles[id(self.ledger.tied[key])] = Role("gate", False)
         return Tied(self.ledger.tied, key)
 

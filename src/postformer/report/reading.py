@@ -64,7 +64,7 @@ def read_run(directory: str | Path) -> RunFiles:
 
 def read_runs(directories: Sequence[str | Path]) -> list[RunFiles]:
     """All of `directories`; names that occur twice get the directory's name added, so that labels stay distinct."""
-    runs = [read_run(d) for d in directories]
+    runs = [read_run(d) for d in _each(directories)]
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
@@ -72,11 +72,20 @@ def read_runs(directories: Sequence[str | Path]) -> list[RunFiles]:
     return runs
 
 
+def _each(directories: Sequence[str | Path]) -> list[Path]:
+    """The directories of runs: a training of stages stands for its stages, in order."""
+    found: list[Path] = []
+    for directory in map(Path, directories):
+        stages = directory.glob("stage-*") if (directory / "stages.json").exists() else ()
+        found += sorted(stages, key=lambda path: int(path.name.removeprefix("stage-"))) or [directory]
+    return found
+
+
 def unreadable(directories: Sequence[str | Path]) -> dict[str, str]:
     """Of several run directories, those that hold nothing to show: directory -> why."""
     if len(directories) == 1:
         return {}  # a demo's directory, or `runs_page` says what is wrong with the only one
-    runs = [read_run(d) for d in directories]
+    runs = [read_run(d) for d in _each(directories)]
     return {str(r.directory): r.problem or "it is empty" for r in runs if not (r.metrics or r.result)}
 
 

@@ -24,6 +24,7 @@ from postformer.training.evaluate import evaluate_split, evaluate_task
 from postformer.training.planning import Plan, plan
 from postformer.training.record import Result, read_result, read_run
 from postformer.training.run import corpus_source, load_run, resume, task_source, train_language, train_task
+from postformer.training.stages import Stage, read_stages, resume_stages, staged, train_stages
 from postformer.training.trainer import Trainer
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "RunExists",
     "RunLocked",
     "ScheduleConfig",
+    "Stage",
     "TrainConfig",
     "Trainer",
     "TrainingError",
@@ -49,9 +51,13 @@ __all__ = [
     "plan",
     "read_result",
     "read_run",
+    "read_stages",
     "resume",
+    "resume_stages",
     "save_weights",
+    "staged",
     "task_source",
     "train_language",
+    "train_stages",
     "train_task",
 ]

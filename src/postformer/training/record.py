@@ -21,7 +21,7 @@ from postformer.training.config import Config, TrainConfig
 from postformer.training.errors import RunExists, TrainingError
 from postformer.training.files import space_needed, write_json, write_text
 
-RUN, RESULT, RECIPE = "run.json", "result.json", "recipe.yaml"
+RUN, RESULT, RECIPE, STAGES = "run.json", "result.json", "recipe.yaml", "stages.json"
 FORMAT = 1
 INCIDENTAL = ("threads", "device", "time_limit", "checkpoint_every")
 """Fields of TrainConfig in which two sessions of one run may differ."""
@@ -57,12 +57,14 @@ class Result(Config):
     directory: str
 
 
-def describe_run(recipe: Recipe, config: TrainConfig, data: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The content of run.json; `config` has its threads and device resolved."""
+def describe_run(recipe: Recipe, config: TrainConfig, data: dict[str, Any], device: torch.device,
+                 stage: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The content of run.json; `config` has its threads and device resolved. stage: of a training of several."""
     return {
         "format": FORMAT, "name": recipe.name, "recipe_id": recipe.id, "seed": config.seed,
         "command": shlex.join(sys.argv), "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": data, "config": config.model_dump(mode="json"), "environment": environment(device),
+        **({} if stage is None else {"stage": stage}),
     }
 
 
@@ -96,7 +98,8 @@ def identity(run: dict[str, Any]) -> str:
     # Without defaults: a run begun before a field existed is the same run after.
     said = TrainConfig.model_validate(run["config"]).model_dump(mode="json", exclude_defaults=True)
     config = {k: v for k, v in said.items() if k not in INCIDENTAL}
-    text = json.dumps([run["recipe_id"], data, config], sort_keys=True)
+    stage = [run["stage"]] if "stage" in run else []
+    text = json.dumps([run["recipe_id"], data, config, *stage], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -128,6 +131,14 @@ def claim(directory: Path, recipe: Recipe, run: dict[str, Any], resume: bool) ->
         write_text(directory / RECIPE, yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True))
         write_json(directory / RUN, run)
     return run
+
+
+def newest(directory: Path) -> Path:
+    """The run in a directory: itself, or of a training of stages the last stage that has a checkpoint."""
+    if not (directory / STAGES).exists():
+        return directory
+    stages = sorted(directory.glob("stage-*"), key=lambda path: int(path.name.removeprefix("stage-")))
+    return ([path for path in stages if any((path / "checkpoints").glob("step-*"))] or stages or [directory])[-1]
 
 
 def check_run(directory: Path) -> None:

@@ -62,7 +62,7 @@ def train_language(
     Raises RunExists, Interrupted (saved), Diverged, OutOfMemory, DiskFull, CheckpointError; ValueError for a design
     whose vocabulary is too small.
     """
-    return _run(recipe, corpus_source(corpus, config), config, Path(directory), progress, resume)
+    return run_source(recipe, corpus_source(corpus, config), config, Path(directory), progress, resume)
 
 
 def train_task(
@@ -76,7 +76,7 @@ def train_task(
     Raises as `train_language`, and TaskError for an impossible setting.
     """
     source = task_source(task, train_settings, config, options)
-    return _run(recipe, source, config, Path(directory), progress, resume)
+    return run_source(recipe, source, config, Path(directory), progress, resume)
 
 
 def resume(directory: str | Path, *, corpus: Corpus | None = None, task: Task | None = None,
@@ -87,6 +87,10 @@ def resume(directory: str | Path, *, corpus: Corpus | None = None, task: Task | 
     earlier ones is not inherited. Raises as `train_language`.
     """
     directory = Path(directory)
+    if (whole := _stages_of(directory)) is not None:
+        from postformer.training.stages import resume_stages  # which imports this module
+
+        return resume_stages(whole, time_limit=time_limit, progress=progress)
     run = record.read_run(directory)
     done = record.read_result(directory)
     if done is not None and done.status == "finished" and (done.step >= done.steps or done.reason == "solved"):
@@ -106,7 +110,7 @@ def resume(directory: str | Path, *, corpus: Corpus | None = None, task: Task | 
                                 "Give it again: postformer.training.resume(directory, task=...).")
         source = task_source(task or data["name"], data["settings"], config, data["options"])
         source.data["named"] = data["named"]
-    return _run(recipe, source, config, directory, progress, True)
+    return run_source(recipe, source, config, directory, progress, True)
 
 
 def load_run(directory: str | Path, step: int | None = None, *, task: Task | None = None) -> tuple[Recipe, nn.Module]:
@@ -115,7 +119,7 @@ def load_run(directory: str | Path, step: int | None = None, *, task: Task | Non
 
     task: if the one recorded cannot be loaded by name. Raises CheckpointError or TrainingError if there is none.
     """
-    directory = Path(directory)
+    directory = record.newest(Path(directory))
     data = record.read_run(directory)["data"]
     recipe = record.read_recipe(directory)
     found = checkpoint.steps(directory / "checkpoints")
@@ -127,6 +131,19 @@ def load_run(directory: str | Path, step: int | None = None, *, task: Task | Non
     model = model if task is None else task.around(model)
     checkpoint.load_weights(model, directory / "checkpoints" / f"step-{step or found[-1]}" / checkpoint.WEIGHTS)
     return recipe, model
+
+
+def _stages_of(directory: Path) -> Path | None:
+    """The training of stages that a directory holds or is a stage of: a stage is continued as a part of it."""
+    if (directory / record.STAGES).exists():
+        return directory
+    if (directory / record.RUN).exists() and "stage" in record.read_run(directory):
+        whole = directory.resolve().parent
+        if not (whole / record.STAGES).exists():
+            raise TrainingError(f"{directory} is a stage of a training that is not around it (no {record.STAGES}).",
+                                "Move it back into the training's directory and resume that.")
+        return whole
+    return None
 
 
 def corpus_source(corpus: Corpus, config: TrainConfig) -> Source:
@@ -233,23 +250,30 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int)
 
 
-def _run(recipe: Recipe, source: Source, config: TrainConfig, directory: Path, progress: str, resume: bool) -> Result:
+def run_source(recipe: Recipe, source: Source, config: TrainConfig, directory: Path, progress: str, resume: bool, *,
+               begin: Callable[[], tuple[nn.Module, list[str]]] | None = None,
+               stage: dict[str, Any] | None = None) -> Result:
+    """`train_language` on any source. begin: makes the model to begin with, inside the source's reading, and lines to
+    print about it; called only while there is no checkpoint. stage: of a training of several, for the record."""
     check_vocabulary(recipe, source.vocab)
     device = device_of(config)
     check_size(recipe, device)  # before the directory is claimed for a run that cannot begin
     config = config.model_copy(update={"threads": config.threads or torch.get_num_threads(), "device": device.type})
     fresh = not (directory / record.RUN).exists()
-    started, notes = None, []
-    if config.start is not None and not checkpoint.steps(directory / "checkpoints"):
+    started, inside, notes = None, None, []
+    begun = bool(checkpoint.steps(directory / "checkpoints"))
+    if begin is not None and not begun:
+        inside, notes = begin()
+    elif config.start is not None and not begun:
         started = initial_model(recipe, config)
         notes = checkpoint.start_from(started, config.start)
-    run = record.claim(directory, recipe, record.describe_run(recipe, config, source.data, device), resume)
+    run = record.claim(directory, recipe, record.describe_run(recipe, config, source.data, device, stage), resume)
     lock = Lock(directory)
     try:
         if not fresh:
             old = TrainConfig.model_validate(run["config"])
             config = config.model_copy(update={"threads": old.threads})
-        model = source.around(started or initial_model(recipe, config)).to(device)
+        model = (inside or source.around(started or initial_model(recipe, config))).to(device)
         trainer = Trainer(
             model, NextToken(), source.batch_at, config, directory=directory, evaluate=source.evaluate,
             bytes_per_token=source.bytes_per_token, progress=progress, identity=record.identity(run),

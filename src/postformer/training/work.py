@@ -33,6 +33,11 @@ class Work:
     corpus: Corpus | None = None
     task: str | None = None
 
+    @property
+    def data(self) -> str:
+        """The name that `work` takes."""
+        return TASK + self.task if self.task is not None else self._corpus().name
+
     def source(self, config: TrainConfig) -> Source:
         """For `plan`."""
         if self.task is not None:
@@ -70,8 +75,8 @@ def run_directory(name: str, data: str) -> Path:
     return Path("runs") / (re.sub(r"[^\w.+=-]+", "-", f"{name}-{label or 'data'}").lstrip(".-") or "run")
 
 
-def configured(settings: Mapping[str, Any]) -> TrainConfig:
-    """TrainConfig of `settings` over the defaults of a training by hand.
+def configured(settings: Mapping[str, Any], path: str = "train") -> TrainConfig:
+    """TrainConfig of `settings` over the defaults of a training by hand; path: where they stand, for errors.
 
     Raises DesignError, which names the field, the value and the nearest field there is.
     """
@@ -83,7 +88,7 @@ def configured(settings: Mapping[str, Any]) -> TrainConfig:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     where = [str(part) for part in first["loc"]]
-    path = ".".join(["train", *where])
+    path = ".".join([path, *where])
     if first["type"] == "extra_forbidden":
         fields = _fields(where[:-1])
         raise DesignError(f"unknown field '{where[-1]}' (value {first['input']!r}).{nearest(where[-1], fields)}",
