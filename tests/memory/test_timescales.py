@@ -183,7 +183,7 @@ class TestTimescales:
     def test_parallel_levels_are_weighed_and_summed(self):
         made, x = mixer_of(scales({"of": DELTA}, {"of": MAMBA, "every": 4})), random(2, 13, 16)
         fast, late = (level(x).y for level in made.levels)
-        a = made.gate(x).softmax(-1)
+        a = 2 * made.gate(x).softmax(-1)
         assert (made(x).y - (a[..., :1] * fast + a[..., 1:] * late)).abs().max() < 1e-13
         summed = mixer_of(scales({"of": DELTA}, {"of": MAMBA, "every": 4}, merge="sum"))
         assert (summed(x).y - sum(level(x).y for level in summed.levels)).abs().max() < 1e-13
@@ -210,7 +210,7 @@ class TestTimescales:
             made.doubt.copy_(torch.tensor([-2.0, 1.0]))
         fast, late = made.levels[0](x), made.levels[1](x).y
         log = (fast.published["variance"].mean(-1, keepdim=True) + 1e-6).log()
-        a = (made.gate(x) + log * torch.tensor([-2.0, 1.0])).softmax(-1)
+        a = 2 * (made.gate(x) + log * torch.tensor([-2.0, 1.0])).softmax(-1)
         expected = a[..., :1] * fast.y + a[..., 1:] * late
         assert (made(x).y - expected).abs().max() < 1e-13
         assert (plain - expected).abs().max() > 1e-2

@@ -1,6 +1,6 @@
 """Memories on several timescales: the first sees every token, each further one is written once per segment (`slow`).
 
-    parallel  y = sum_l a_l M_l(x)                         a = softmax(W x [+ b log variance]), or 1
+    parallel  y = sum_l a_l M_l(x)                         a = L softmax(W x [+ b log variance]), or 1
     chain     h_1 = M_1(x),  h_l = h_{l-1} + M_l(h_{l-1})  y = h_L: continuum memory (2512.24695), slow reads fast
     nested    h_L = M_L(x),  h_l = M_l(x + W_l h_{l+1})    y = sum_l h_l: slow conditions fast, which starts afresh
                                                            where a segment of the next slower level ends
@@ -149,7 +149,7 @@ class Timescales(Mixer):
         raw = self.gate(x)
         if self.doubt is not None:
             raw = raw + (log_variance(outs[0].published["variance"])[..., None] * self.doubt).to(raw.dtype)
-        return (ys * raw.softmax(-1)[..., None, :]).sum(-1), outs
+        return (ys * (len(outs) * raw.softmax(-1))[..., None, :]).sum(-1), outs
 
     def _chain(self, x: Tensor, past: State, ctx: Context) -> tuple[Tensor, list[Out]]:
         outs = [self.levels[0](x, past[0], ctx)]
