@@ -6,7 +6,8 @@
 A cycle over `pairs` symbols is given as shuffled pairs, then k and four questions (task `pointer-chasing`). The model:
 a layer that binds each token to the one before (channel-mix), then a block of attention and SwiGLU, applied until the
 token halts. Learned with a curriculum: k up to K, and K grows by one when the hardest is right in 9 of 10. When all
-are, or half of the time is over, the price of a step rises to its full value over half of what is left. Depth is that
+are, or half of the time is over, the price of a step rises to its full value over half of what is left; one half of it
+is on the mean over all tokens, the other on the questions alone. Depth is that
 of the questions' tokens, evaluated without gradients, so with hard halting; accuracy is of the same tokens. Time is
 processor time of one thread.
 """
@@ -76,12 +77,17 @@ def run(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         ramp = 0.0 if learned is None else min(1.0, (spent - learned) / (0.5 * (limit - learned)))
         hard = float(torch.rand((), generator=draw)) < 0.4
         k = hardest if hard else int(torch.randint(1, hardest + 1, (), generator=draw))
-        batch = task.generate(task.pairs(task.symbols, k), BATCH, draw)
+        # Short cycles among the long ones: on long ones alone two hops are not found for thousands of steps.
+        least = max(QUESTIONS, k + 1)
+        count = task.symbols if float(torch.rand((), generator=draw)) < 0.5 else int(
+            torch.randint(least, task.symbols + 1, (), generator=draw))
+        batch = task.generate(task.pairs(count, k), BATCH, draw)
         out = model(batch.tokens)
         asked = batch.targets >= 0
         loss = F.cross_entropy(out.logits[asked], batch.targets[asked])
-        # The loss "steps" counts all tokens alike, at price one; here it is weighed.
-        price = args.price * ramp * sum(value for name, value in out.losses.items() if name.endswith("steps"))
+        # The loss "steps" counts all tokens alike, at price one; here the questions' steps have half of the price.
+        every = sum(value for name, value in out.losses.items() if name.endswith("steps"))
+        price = args.price * ramp * 0.5 * (every + out.published["spent"][asked].mean())
         optimiser.zero_grad(set_to_none=True)
         (loss + price).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
