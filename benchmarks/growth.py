@@ -22,7 +22,7 @@ import json
 import math
 import statistics
 import time
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -191,14 +191,13 @@ def table(ledger: Ledger) -> str:
     lines = ["| width | arm | rate | 1/2 | 3/4 | all FLOPs | gain over scratch at 3/4, by seed | FLOPs needed |",
              "| ---: | --- | ---: | ---: | ---: | ---: | --- | --- |"]
     for width in RATES:
-        if not all(ledger.find(width=width, arm=arm, seed=SEEDS[-1], budget=1.0) for arm in ARMS):
-            continue
-        rates = {arm: best(ledger, width, arm) for arm in ARMS}
+        arms = [arm for arm in ARMS if ledger.find(width=width, arm=arm, seed=SEEDS[-1], budget=1.0)]
+        rates = {arm: best(ledger, width, arm) for arm in arms}
 
         def of(arm: str, budget: float, seed: int, width: int = width, rates: dict = rates) -> float:
             return ledger.find(width=width, arm=arm, rate=rates[arm], seed=seed, budget=budget)[0]["bits"]
 
-        for arm in ARMS:
+        for arm in arms:
             cells = [f"{statistics.mean(v):.3f} ± {statistics.stdev(v):.3f}" if arm != "scratch" or b == 1.0 else ""
                      for b in BUDGETS if (v := [of(arm, b, s) for s in SEEDS] if arm != "scratch" or b == 1.0 else [0])]
             gaps = shares = ""
@@ -235,13 +234,11 @@ def main() -> None:
         corpus = load_corpus("stdlib")
         for width in options.widths:
             sweep(ledger, corpus, width)
-            for seed in SEEDS:
-                for arm in ARMS:
-                    measure(ledger, corpus, width, arm, best(ledger, width, arm), seed,
-                            (1.0,) if arm == "scratch" else BUDGETS)
-        for width in options.widths:
-            for seed in SEEDS:
-                measure(ledger, corpus, width, "small", best(ledger, width, "stack"), seed, (1.0,))
+        # What answers the question comes first, should it be stopped.
+        for arms in (("scratch", "stack"), ("small", "identity"), ("interleave",)):
+            for width, seed, arm in product(options.widths, SEEDS, arms):
+                rate, whole = best(ledger, width, arm), arm in ("scratch", "small")
+                measure(ledger, corpus, width, arm, rate, seed, (1.0,) if whole else BUDGETS)
     text = table(ledger)
     print(text)
     if PAGE.exists():

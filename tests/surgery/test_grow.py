@@ -252,6 +252,35 @@ def test_what_ends_a_branch():
     assert len(experts) == 5  # with the shared one, whether or not a token chose them
 
 
+@pytest.mark.parametrize("depth", ["mod", "loop", "ode"])
+def test_a_depth_of_its_own_is_no_hindrance(depth):
+    layer = [{"use": "m"}, {"use": "f", "depth": depth}]
+    model = trained(design({"m": MATRIX, "f": {"kind": "swiglu"}}, ["a", "a"], layers={"a": layer}))
+    large = grow(model, factor=2, how="identity")
+    assert float((logits(large) - logits(model)).abs().max()) == 0.0
+    inner = model.state_dict()
+    copied = [key for key in large.state_dict() if key.startswith("stack.layers.3.sublayers.1.depth.")]
+    assert copied
+    assert all(torch.equal(large.state_dict()[key], inner[key.replace("layers.3", "layers.1")]) for key in copied)
+
+
+def test_what_replaces_the_stream_is_refused():
+    block = {"use": "b", "norm": "none", "residual": "none", "depth": "loop"}
+    recipe = design({"m": MATRIX, "f": {"kind": "swiglu"}}, ["a", "a"], layers={"a": [block]},
+                    shared={"b": {"layer": [{"use": "m"}, {"use": "f"}]}})
+    with pytest.raises(DesignError, match="replaces the stream"):
+        grow(trained(recipe), factor=2, how="identity")
+    assert len(grow(trained(recipe), factor=2).design.stack) == 4
+
+
+def test_timescales():
+    levels = [{"of": MATRIX}, {"of": MATRIX, "every": 8}]
+    clock = {"kind": "timescales", "arrangement": "parallel", "levels": levels}
+    model = trained(design({"c": clock, "f": {"kind": "swiglu"}}, ["c/f", "c/f"]))
+    large = grow(model, factor=2, how="identity")
+    assert float((logits(large) - logits(model)).abs().max()) < 1e-12
+
+
 def test_low_rank_maps_keep_a_gradient():
     recipe = load("transformer", ["model.linear.projection=lora"], width=16, layers=1)
     large = grow(trained(recipe), factor=2, how="identity")
