@@ -37,8 +37,7 @@ def by_pieces(mixer: Mixer, x: Tensor, state: states.State, ctx: Context, traits
             emitted.append(state)
         piece = ctx.narrow(start, stop, length)
         if reset is not None:
-            assert piece.boundary is not None
-            piece = piece.replace(boundary=piece.boundary.masked_fill(reset[:, start:stop], 0))
+            piece = piece.replace(boundary=None)
             if bool(reset[:, start].any()):
                 state = _restart(mixer, state, reset[:, start])
         if piece.consume and emitted:
