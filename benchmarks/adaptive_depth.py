@@ -3,10 +3,11 @@
     python benchmarks/adaptive_depth.py --seeds 0 1 2 --minutes 10      JSON lines; finished seeds are not repeated
     python benchmarks/adaptive_depth.py --table                         what the file holds, as a table
 
-A cycle over eight symbols is given as shuffled pairs, then k and four questions (task `pointer-chasing`). The model: a
-layer that binds each token to the one before (channel-mix), then a block of attention and SwiGLU, applied until the
+A cycle over `pairs` symbols is given as shuffled pairs, then k and four questions (task `pointer-chasing`). The model:
+a layer that binds each token to the one before (channel-mix), then a block of attention and SwiGLU, applied until the
 token halts. Learned with a curriculum: k up to K, and K grows by one when the hardest is right in 9 of 10. When all
-are, or half of the time is over, the price of a step rises to its full value over half of what is left. Depth is that
+are, or half of the time is over, the price of a step rises to its full value over half of what is left; one half of it
+is on the mean over all tokens, the other on the questions alone. Depth is that
 of the questions' tokens, evaluated without gradients, so with hard halting; accuracy is of the same tokens. Time is
 processor time of one thread.
 """
@@ -27,7 +28,7 @@ from postformer.model import LanguageModel, build
 from postformer.task.hops import Hops
 
 RESULTS = Path(__file__).resolve().parent / "adaptive_depth.jsonl"
-PAIRS, QUESTIONS, BATCH = 8, 4, 64
+QUESTIONS, BATCH = 4, 64
 
 
 def recipe(args: argparse.Namespace, vocab: int) -> Recipe:
@@ -43,14 +44,14 @@ def recipe(args: argparse.Namespace, vocab: int) -> Recipe:
         "stack": ["first", "rest"]}})
 
 
-def evaluate(model: LanguageModel, task: Hops, hops: int, batches: int = 4) -> dict[int, dict[str, float]]:
+def evaluate(model: LanguageModel, task: Hops, batches: int = 4) -> dict[int, dict[str, float]]:
     """By k: accuracy and mean depth of the questions, mean depth of all tokens."""
     found = {}
     model.eval()
-    for k in range(1, hops + 1):
+    for k in range(1, task.hops + 1):
         right = depth = every = 0.0
         for b in range(batches):
-            batch = task.generate(task.pairs(PAIRS, k), 128, torch.Generator().manual_seed(10_000 + 100 * k + b))
+            batch = task.generate(task.pairs(task.symbols, k), 128, torch.Generator().manual_seed(10_000 + 100 * k + b))
             with torch.no_grad():
                 out = model(batch.tokens)
             asked = batch.targets >= 0
@@ -64,7 +65,7 @@ def evaluate(model: LanguageModel, task: Hops, hops: int, batches: int = 4) -> d
 
 def run(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
-    task = Hops(symbols=PAIRS, hops=args.hops, questions=QUESTIONS, train=[(2 * PAIRS + 1 + QUESTIONS, 1)])
+    task = Hops(symbols=args.pairs, hops=args.hops, questions=QUESTIONS, train=[(2 * args.pairs + 1 + QUESTIONS, 1)])
     model = build(recipe(args, task.vocab).model, seed=seed)
     optimiser = torch.optim.AdamW(model.parameters(), args.rate, weight_decay=0.01, betas=(0.9, 0.98))
     draw = torch.Generator().manual_seed(seed)
@@ -76,12 +77,17 @@ def run(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         ramp = 0.0 if learned is None else min(1.0, (spent - learned) / (0.5 * (limit - learned)))
         hard = float(torch.rand((), generator=draw)) < 0.4
         k = hardest if hard else int(torch.randint(1, hardest + 1, (), generator=draw))
-        batch = task.generate(task.pairs(PAIRS, k), BATCH, draw)
+        # Short cycles among the long ones: on long ones alone two hops are not found for thousands of steps.
+        least = max(QUESTIONS, k + 1)
+        count = task.symbols if float(torch.rand((), generator=draw)) < 0.5 else int(
+            torch.randint(least, task.symbols + 1, (), generator=draw))
+        batch = task.generate(task.pairs(count, k), BATCH, draw)
         out = model(batch.tokens)
         asked = batch.targets >= 0
         loss = F.cross_entropy(out.logits[asked], batch.targets[asked])
-        # The loss "steps" counts all tokens alike, at price one; here it is weighed.
-        price = args.price * ramp * sum(value for name, value in out.losses.items() if name.endswith("steps"))
+        # The loss "steps" counts all tokens alike, at price one; here the questions' steps have half of the price.
+        every = sum(value for name, value in out.losses.items() if name.endswith("steps"))
+        price = args.price * ramp * 0.5 * (every + out.published["spent"][asked].mean())
         optimiser.zero_grad(set_to_none=True)
         (loss + price).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -99,9 +105,9 @@ def run(args: argparse.Namespace, seed: int) -> dict[str, Any]:
             line = {"seed": seed, "step": step, "seconds": round(spent, 1), "hardest": hardest,
                     "recent": round(recent, 3), "loss": round(float(loss.detach()), 4), "ramp": round(ramp, 2)}
             if step % 500 == 0:
-                line["now"] = {k: (v["accuracy"], v["depth"]) for k, v in evaluate(model, task, args.hops, 1).items()}
+                line["now"] = {k: (v["accuracy"], v["depth"]) for k, v in evaluate(model, task, 1).items()}
             print(json.dumps(line), flush=True)
-    found = evaluate(model, task, args.hops)
+    found = evaluate(model, task)
     depths = [found[k]["depth"] for k in range(1, args.hops + 1)]
     return {"seed": seed, **{k: v for k, v in vars(args).items() if k not in ("seeds", "table")}, "steps": step,
             "hardest": hardest, "priced_from": round(learned or limit, 1), "by_k": found,
@@ -132,7 +138,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     for name, value in (("minutes", 10.0), ("price", 0.05), ("rate", 2e-3)):
         parser.add_argument(f"--{name}", type=float, default=value)
-    for name, value in (("hops", 6), ("most", 8), ("width", 64)):
+    for name, value in (("hops", 6), ("pairs", 8), ("most", 8), ("width", 64)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--state", default="first")
     parser.add_argument("--halt", default="hard")

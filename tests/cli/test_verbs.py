@@ -58,6 +58,19 @@ def test_explain(cli):
     assert "linear maps: projection ternary; gate ternary" in cli("explain", "matmul-free").out
 
 
+def test_explain_shows_depth(cli):
+    where = "model.layers.memory/feedforward.1.depth"
+    done = cli("explain", "gated-deltanet", "-s", f"{where}={{kind: mod, capacity: 0.25}}", "--json")
+    assert "feedforward (swiglu) [run by 0.25 of tokens, skip: freeze]" in done.out
+    assert "mod at its capacity" in done.out
+    (depth,) = done.json["depth"].values()
+    assert depth["capacity"] == 0.25
+    plain = cli("explain", "gated-deltanet", "--json")
+    assert plain.json["depth"] == {}
+    assert "at its capacity" not in plain.out
+    assert done.json["flops_per_token"]["128"] < 0.8 * plain.json["flops_per_token"]["128"]
+
+
 def test_verify_passes_and_fails_with_its_own_code(cli, tmp_path):
     done = cli("verify", "gla", "--only", "causal", "--json")
     assert done.code == 0

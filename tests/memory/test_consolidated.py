@@ -44,7 +44,8 @@ def bounded(length, **levels):
 
 @pytest.mark.parametrize("design", [
     consolidated(), consolidated(FILTER), consolidated(MAMBA, share=0.3), consolidated(DEEP, share=0.7),
-    consolidated({**DELTA, "forget_at": "segment"}, at="segment"),
+    consolidated({**DELTA, "forget_at": "segment"}, at="segment"), consolidated({**DELTA, "local": "conv3"}),
+    {"kind": "timescales", "levels": [{"of": consolidated(FILTER)}, {"of": MAMBA, "every": 3}], "doubt": True},
 ])
 def test_it_keeps_the_contract(design):
     found = verify(recipe(design))
@@ -96,6 +97,14 @@ def test_a_stream_ends_it_all_and_a_segment_nothing():
     assert torch.equal(made(x, None, bounded(20, t6=SEGMENT)).y, made(x).y)
 
 
+def test_what_a_convolution_saw_of_a_document_is_not_kept():
+    made, x = mixer_of(consolidated({**DELTA, "local": "conv3"}, share=0.5)), random(1, 20, 16)
+    y = made(x, None, bounded(20, t6=DOCUMENT)).y
+    first = made.of(x[:, :6])
+    start = made.of.initial(1)._replace(memory=0.5 * first.state.memory)
+    assert (y[:, 6:] - made.of(x[:, 6:], start).y).abs().max() < 1e-12
+
+
 def test_an_empty_document_leaves_what_was_kept():
     made, x = mixer_of(consolidated(share=0.5)), random(1, 20, 16)
     valid = torch.ones(1, 20, dtype=torch.bool)
@@ -106,12 +115,12 @@ def test_an_empty_document_leaves_what_was_kept():
 
 
 @pytest.mark.parametrize(("design", "words"), [
-    (consolidated({**DELTA, "local": "conv3"}), "set local: none"),
+    (consolidated({**MAMBA, "local": "conv3"}), "set local: none"),
     (consolidated({"kind": "attention", "window": 4, "heads": {"query": 2}}), "no half"),
     (consolidated({"kind": "swiglu"}), "keeps nothing"),
     (consolidated({**DELTA, "forget_at": "stream"}), "set forget_at: document"),
     (consolidated(share=1.5), r"lies in \[0, 1\]"),
 ])
 def test_what_cannot_be_is_refused_with_a_remedy(design, words):
-    with pytest.raises(DesignError, match=words):
-        load(recipe(design))
+    with pytest.raises((DesignError, ValueError), match=words):
+        build(load(recipe(design)).model)

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from postformer.study.asking import ask, entries
+from postformer.study.cell import Cell
 from postformer.study.gauntlet import run_gauntlet
 from postformer.study.ledger import Ledger
 from postformer.training import read_run
@@ -247,3 +248,15 @@ def test_equal_flops_give_the_dearer_design_fewer_tokens():
     assert spent[0] == pytest.approx(spent[1], rel=1e-4)
     assert one.tokens == one.entry.tokens > two.tokens
     assert two.wanted({})[0].tokens == two.tokens // 4
+
+
+def test_trials_that_count_may_begin_at_another_seed(monkeypatch):
+    monkeypatch.setattr(Cell, "rate", lambda self, outcomes: 0.01)
+
+    def finals(*changes):
+        return ask(["lstm"], "sprint", "s3", seeds=2, changes=changes).cells[0].finals({})
+
+    usual, other = finals(), finals("s3.first_seed=100")
+    assert [t.seed for t in usual] == [0, 1]
+    assert [t.seed for t in other] == [100, 101]
+    assert finals("s3.first_seed=1")[0].id == usual[1].id  # nothing that a result depends on, but for the seed

@@ -145,6 +145,18 @@ def size(state: State) -> int:
     return total
 
 
+def local_of(state: State, other: State) -> State:
+    """The state with `other`'s fields called `local` (of named tuples, at any depth): what is there of neighbouring
+    tokens, in a convolution's taps or a shift. Both of the same structure."""
+    if isinstance(state, dict):
+        return {k: local_of(v, other[k]) for k, v in state.items()}
+    if not isinstance(state, (tuple, list)):
+        return state
+    names = getattr(state, "_fields", ("",) * len(state))
+    parts = [b if name == "local" else local_of(a, b) for name, a, b in zip(names, state, other)]
+    return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
+
+
 def detach(state: State) -> State:
     """The same values without gradient history."""
     return map_state(Tensor.detach, state)

@@ -104,8 +104,9 @@ class Cell:
     def finals(self, outcomes: Mapping[str, Outcome]) -> list[Trial]:
         """Those that count; none while the rate is not known."""
         rate = self.rate(outcomes)
+        first = self.entry.first_seed
         return [] if rate is None else [self.trial("final", rate, seed, self.tokens)
-                                        for seed in range(self.seeds)]
+                                        for seed in range(first, first + self.seeds)]
 
     def wanted(self, outcomes: Mapping[str, Outcome]) -> list[Trial]:
         """All trials that are known to be needed."""

@@ -74,6 +74,8 @@ class Entry(_Data):
     """How often a sweep whose best rate lies at an end may go one step further there"""
     finalists: int = Field(default=2, ge=1)
     """How many of the best rates get the whole budget before one is chosen; 1: a quarter of it decides"""
+    first_seed: int = Field(default=0, ge=0)
+    """Of the trials that count: designs that were developed by what seeds 0, 1, 2 showed are judged on others"""
     until: float | None = 0.995
     """A trial stops early where validation is so good at every setting (negative where less is better)"""
     evaluate_batches: int = 8

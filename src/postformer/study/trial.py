@@ -43,7 +43,7 @@ class Trial(BaseModel):
     @cached_property
     def cell(self) -> str:
         """The design on the entry, whatever rate and seed: a hash."""
-        aside = {"learned", "note", "rates", "extend", "finalists"}
+        aside = {"learned", "note", "rates", "extend", "finalists", "first_seed"}
         entry = self.entry.model_dump(mode="json", exclude=aside, exclude_defaults=True)
         return _hash([self.made.id, entry])
 

@@ -174,3 +174,16 @@ def test_keeps_the_contract(name):
                         "the design declares gradients that are no derivatives",
                         "the design declares that training chooses with the whole sequence in view"}
     assert ("the design declares that training chooses with the whole sequence in view" in left_out) == (name == "top")
+
+
+@pytest.mark.parametrize("depth", ["mod", {"kind": "loop", "most": 2}])
+def test_what_the_mixer_measures_comes_back_to_it(depth):
+    """Experts inside count the tokens that reach them, and their biases move."""
+    model = build(load(recipe([{"use": "e", "depth": depth}], e={"kind": "moe", "experts": 4})).model)
+    out = model(torch.arange(30).view(2, 15))
+    ran = out.measured["0.0.steps"] if depth == "mod" else 2 * out.measured["0.0.tokens"]
+    assert out.measured["0.0.of.load"].sum() == 2 * ran
+    experts = model.stack.layers[0].sublayers[0].mixer
+    model.after_step(out.measured)
+    load_of = out.measured["0.0.of.load"].double()
+    assert torch.equal(torch.sign(experts.bias), torch.sign(load_of.mean() - load_of).float())

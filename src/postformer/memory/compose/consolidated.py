@@ -6,8 +6,9 @@ S is the state of any memory, which by itself would forget everything at the end
 same shape, is its slow copy, from the initial state on. c = 0 is the memory by itself, c = 1 one that never forgets.
 The learned share sees the mean of the document's tokens and decides whether this one was worth keeping (fast weights
 into slow ones, as in 2512.24695).
-Limits: document after document (inside one, all tokens at once); two states are carried. The memory must be readable
-without being written to (no local mixing), and its state made of numbers that can be mixed, so no list of tokens.
+Neighbouring tokens that a convolution before the memory has seen are no part of what is kept.
+Limits: document after document (inside one, all tokens at once); two states are carried. The memory's state is made of
+numbers that can be mixed, so no list of tokens.
 """
 
 from __future__ import annotations
@@ -46,9 +47,6 @@ class ConsolidatedDesign(Design):
             raise ValueError(f"share is {self.share:g}; a share lies in [0, 1]")
         if not traits.stateful:
             raise ValueError(f"of '{self.of.kind}' keeps nothing; give a memory, e.g. kind: matrix")
-        if not traits.soft_gates:
-            raise ValueError(f"of '{self.of.kind}' mixes neighbouring tokens before it learns, and what it mixes would "
-                             "be kept from one document to the next; set local: none in it")
         if getattr(self.of, "forget_at", "document") != self.at:
             raise ValueError(f"of '{self.of.kind}' forgets at another place than what is kept (at: {self.at}); "
                              f"set forget_at: {self.at} in it")
@@ -70,7 +68,10 @@ class Consolidated(Mixer):
 
     def __init__(self, design: ConsolidatedDesign, site: Any) -> None:
         super().__init__()
-        self.of, self.width = site.build(design.of, "of"), site.width
+        self.of, self.width = site.build(design.of, "of", publish=site.publish), site.width
+        if not child(design.of).soft_gates and not hasattr(self.of.initial(1), "local"):
+            raise ValueError(f"of '{design.of.kind}' mixes neighbouring tokens before it learns, and what it mixes "
+                             "would be kept from one document to the next; set local: none in it")
         self.share = site.linear("share", site.width, 1, bias=True, role="gate") if design.share == "learned" else None
 
     def initial(self, batch: int, condition: Tensor | None = None) -> ConsolidatedState:
@@ -98,7 +99,8 @@ class Consolidated(Mixer):
             outs.append(out)
         losses = {k: torch.stack([o.losses[k] for o in outs]).mean() for k in outs[0].losses}
         measured = {k: torch.stack([o.measured[k] for o in outs]).sum(0) for k in outs[0].measured}
-        return Out(torch.cat([o.y for o in outs], 1), state, losses=prefixed("of", losses),
+        published = {name: torch.cat([o.published[name] for o in outs], 1) for name in outs[0].published}
+        return Out(torch.cat([o.y for o in outs], 1), state, published, losses=prefixed("of", losses),
                    measured=prefixed("of", measured))
 
     def _ended(self, boundary: Tensor, level: int, state: ConsolidatedState) -> ConsolidatedState:
@@ -118,14 +120,14 @@ class Consolidated(Mixer):
 
         initial = self.initial(boundary.shape[0])
         kept = states.where(rows, states.map_state(mixed, state.running, state.kept), state.kept)
-        kept = states.where(anew, initial.kept, kept)
+        kept = states.local_of(states.where(anew, initial.kept, kept), initial.kept)
         ended = ConsolidatedState(states.where(rows, kept, state.running), kept, *(
             value.masked_fill(rows.view(-1, *(1,) * (value.ndim - 1)), 0) for value in (state.total, state.count)))
         return ended._replace(running=states.map_state(torch.clone, ended.running))
 
     @classmethod
     def traits(cls, design: ConsolidatedDesign) -> Traits:
-        return replace(child(design.of), native_reset=True, native_emit=False, two_way=False, inputs=(), publishes=())
+        return replace(child(design.of), native_reset=True, native_emit=False, two_way=False, inputs=())
 
     @classmethod
     def words(cls, design: ConsolidatedDesign) -> str:
@@ -135,7 +137,7 @@ class Consolidated(Mixer):
     @classmethod
     def cost(cls, design: ConsolidatedDesign, site: Any) -> Cost:
         """The share is worked out once a document, and its FLOPs are not counted."""
-        held = site.child_cost(design.of, "of")
+        held = site.child_cost(design.of, "of", publish=site.publish)
         if held.flops_per_key:
             raise ValueError(f"of '{design.of.kind}' keeps a list of tokens, of which there is no half; give a memory "
                              "whose state is made of numbers, e.g. kind: matrix")
