@@ -146,7 +146,8 @@ def main() -> None:
     args = parser.parse_args()
     lines = [json.loads(text) for text in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     if args.table:
-        print(table(lines))
+        for hops in sorted({line["hops"] for line in lines}):
+            print(table([line for line in lines if line["hops"] == hops]))
         return
     asked = {k: v for k, v in vars(args).items() if k not in ("seeds", "table")}
     for seed in args.seeds:

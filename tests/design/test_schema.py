@@ -12,7 +12,8 @@ from postformer.design import names
 from postformer.design.schema import recipe_schema
 
 BUILT_IN = {"attention", "matrix", "vector", "deep", "filter", "cell", "self-modifying", "swiglu", "geglu", "mlp",
-            "channel-mix", "moe", "chain", "parallel", "context", "router", "envelope"}
+            "channel-mix", "moe", "chain", "parallel", "context", "router", "envelope", "slow", "timescales",
+            "consolidated"}
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,9 @@ DEEP = {"kind": "deep", "heads": {"value": 1}, "net": {"kind": "mlp", "expand": 
         "update": {"kind": "momentum", "chunk": 4, "clip": 1.0}, "features": "l2norm"}
 
 
+RGLRU = {"kind": "vector", "parameterisation": "rglru", "dim_inner": 16}
+
+
 def recipe(mixer):
     return {"name": "composite", "model": {"width": 16, "mixers": {"m": mixer}, "stack": ["m"]}}
 
@@ -59,18 +62,19 @@ def test_a_document_starts_from_what_was_kept_of_those_before(of):
     for a, b in ((0, 6), (6, 13), (13, 20)):
         out = made.of(x[:, a:b], kept)
         ys.append(out.y)
-        kept = states.map_state(lambda new, old: 0.7 * old + 0.3 * new if new.is_floating_point() else old,
+        kept = states.map_state(lambda new, old: 0.7 * old + 0.3 * new if new.is_floating_point() else new,
                                 out.state, kept)
     found = made(x, None, bounded(20, t6=DOCUMENT, t13=DOCUMENT))
     assert (found.y - torch.cat(ys, 1)).abs().max() < 1e-12
     assert state_error(found.state.running, out.state) < 1e-12
 
 
-def test_nothing_kept_is_the_memory_by_itself_and_everything_is_one_that_never_forgets():
+@pytest.mark.parametrize("of", [DELTA, RGLRU, DEEP, FILTER])
+def test_nothing_kept_is_the_memory_by_itself_and_everything_is_one_that_never_forgets(of):
     x, ctx = random(1, 20, 16), bounded(20, t6=DOCUMENT, t13=DOCUMENT)
     for share, forget_at in ((0.0, "document"), (1.0, "stream")):
-        made = mixer_of(consolidated(share=share))
-        plain = mixer_of({**DELTA, "forget_at": forget_at})
+        made = mixer_of(consolidated(of, share=share))
+        plain = mixer_of({**of, "forget_at": forget_at})
         plain.load_state_dict(made.of.state_dict())
         assert (made(x, None, ctx).y - plain(x, None, ctx).y).abs().max() < 1e-12
 
@@ -116,6 +120,7 @@ def test_an_empty_document_leaves_what_was_kept():
 
 @pytest.mark.parametrize(("design", "words"), [
     (consolidated({**MAMBA, "local": "conv3"}), "set local: none"),
+    (consolidated({"kind": "matrix", "parameterisation": "mlstm", "heads": {"value": 2}}), "another memory"),
     (consolidated({"kind": "attention", "window": 4, "heads": {"query": 2}}), "no half"),
     (consolidated({"kind": "swiglu"}), "keeps nothing"),
     (consolidated({**DELTA, "forget_at": "stream"}), "set forget_at: document"),
@@ -124,3 +129,22 @@ def test_an_empty_document_leaves_what_was_kept():
 def test_what_cannot_be_is_refused_with_a_remedy(design, words):
     with pytest.raises((DesignError, ValueError), match=words):
         build(load(recipe(design)).model)
+
+
+def test_a_segment_inside_a_document_reaches_the_memory():
+    inner = {"kind": "slow", "of": DELTA, "every": "segment"}
+    made, x = mixer_of(consolidated(inner)), random(1, 20, 16)
+    ctx = bounded(20, t4=SEGMENT, t9=SEGMENT, t13=DOCUMENT)
+    found, alone = made(x, None, ctx).y, made.of(x, None, ctx).y
+    assert (found[:, :13] - alone[:, :13]).abs().max() < 1e-13
+    assert found[:, 5:13].abs().max() > 1e-3
+
+
+def test_half_a_token_counts_as_half_of_itself():
+    made, x = mixer_of(consolidated()), random(1, 9, 16)
+    write = torch.ones(1, 9, dtype=torch.float64)
+    write[0, :6] = 0.1
+    state = made(x, None, bounded(9, t6=DOCUMENT).replace(write=write, tick=write)).state
+    c = torch.sigmoid(made.share(x[0, :6].mean(0)))
+    after = made.of(x[:, :6], None, Context(write=write[:, :6], tick=write[:, :6])).state
+    assert (state.kept.memory - c * after.memory).abs().max() < 1e-13

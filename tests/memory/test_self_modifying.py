@@ -101,4 +101,4 @@ def test_other_choices_keep_the_contract():
     found = verify(load("hope", other, layers=2), only=(
         "token by token, fp64", "packed", "garbage", "declared", "read-only", "pieces = whole", "different age"))
     assert [(r.name, r.note) for r in found.results if not r.passed] == []
-    assert len(found.results) == 9
+    assert len(found.results) == 10

@@ -7,6 +7,7 @@ from postformer.contract.context import DOCUMENT, FED, SEGMENT, STREAM, Context
 from postformer.contract.mixer import Mixer
 from postformer.design import DesignError, load
 from postformer.model import build
+from postformer.sampling.stepper import Stepper
 from postformer.verify import verify
 
 DELTA = {"kind": "matrix", "loss": "l2", "features": ["silu", "l2norm"], "heads": {"value": 2},
@@ -254,3 +255,46 @@ def test_a_segment_boundary_of_the_data_ends_a_segment():
     boundary[0, 4] = boundary[0, 9] = SEGMENT
     expected = by_segments(made, x[0], {3, 8})
     assert (made(x, None, Context(boundary=boundary)).y[0] - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("design", [
+    scales({"of": FILTER}, {"of": DELTA, "every": 5, "summary": "doubt"}, doubt=True),
+    scales({"of": LOCAL}, {"of": DELTA, "every": 5}, arrangement="chain"),
+    scales({"of": FORGETS}, {"of": DELTA, "every": 5}, arrangement="nested"),
+    slow(DELTA, {"after": [3, 5, 8]}), slow(DELTA, LEARNED),
+    {"kind": "consolidated", "of": LOCAL},
+])
+def test_generating_by_recorded_steps_is_a_whole_pass(design):
+    raw = recipe(design, layers=2)
+    raw["model"]["vocab"] = 70
+    tokens = torch.randint(0, 70, (3, 60), generator=torch.Generator().manual_seed(1))
+    for seed in range(4):
+        model = build(load(raw).model, seed).eval()
+        with torch.inference_mode():
+            whole = model(tokens).logits
+            stepper = Stepper(model, model(tokens[:, :1]).state)
+            for t in range(1, 60):
+                assert (stepper.step(tokens[:, t]) - whole[:, t]).abs().max() < 1e-3 * whole.abs().max(), (seed, t)
+        assert stepper.tape is not None, stepper.reason
+
+
+def test_a_soft_token_starts_the_fast_memory_afresh_once_per_segment():
+    made, x = mixer_of(scales({"of": FORGETS}, {"of": DELTA, "every": 5}, arrangement="nested")), random(1, 23, 16)
+    seen = []
+    made.levels[0].register_forward_hook(lambda _, args, __: seen.append(args[2].boundary))
+    nearly = torch.full((1, 23), 1 - 1e-9, dtype=torch.float64)
+    y = made(x, None, Context(tick=nearly, write=nearly)).y
+    assert (y - made(x).y).abs().max() < 1e-6
+    assert seen[0][0].nonzero().flatten().tolist() == [5, 10, 15, 20]
+    made(x, None, Context(tick=nearly - 0.5, write=nearly - 0.5))
+    assert seen[2][0].nonzero().flatten().tolist() == [5, 10, 15, 20]
+
+
+def test_what_would_never_be_written_is_refused():
+    for design in (slow(DELTA, "document"), slow(FORGETS, "segment"), slow(scales({"of": DELTA}), "document")):
+        with pytest.raises(DesignError, match="would never be written"):
+            load(recipe(design))
+    load(recipe(slow({"kind": "consolidated", "of": DELTA}, "document")))
+    for design in (slow(summary="doubt"), scales({"of": DELTA}, {"of": slow(summary="doubt")})):
+        with pytest.raises(DesignError, match="fed by what stands around"):
+            load(recipe(design))

@@ -4,12 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from postformer.contract.context import Context
 from postformer.design import DesignError, load, names
 from postformer.model import build
 from postformer.objective import Batch, NextToken
 from postformer.surgery import Grow, grow
 from postformer.surgery.silence import silences
 
+DELTA = {"kind": "matrix", "loss": "l2", "features": "l2norm", "heads": {"value": 2}}
 NO_OUT = {"gru", "lstm", "slstm", "xlstm"}
 """Recipes with a cell that ends in no map"""
 SHARED_ROWS = {"hgrn2"}
@@ -334,3 +336,21 @@ def test_growth_is_worth_something():
     scratch = run(build(Grow(factor=3).recipe(recipe).model), 40)
     found = {how: run(grow(one, factor=3, how=how), 40) for how in ("stack", "interleave", "identity")}
     assert all(loss < scratch - 0.2 for loss in found.values()), (scratch, found)
+
+
+@pytest.mark.parametrize("level", [
+    {"every": 64, "of": DELTA}, {"every": "document", "of": {**DELTA, "forget_at": "stream"}},
+])
+def test_a_slow_level_is_silent_for_ever_and_not_for_a_while(level):
+    raw = {"name": "slow", "model": {"width": 16, "vocab": 40, "stack": ["m", "m"], "mixers": {
+        "m": {"kind": "timescales", "levels": [{"of": DELTA}, level]}}}}
+    small = build(load(raw).model).double()
+    with torch.no_grad():
+        for p in small.parameters():
+            p.add_(0.3 * torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(p.numel())))
+    large = grow(small, factor=2, how="identity")
+    tokens = torch.randint(40, (2, 300), generator=torch.Generator().manual_seed(1))
+    boundary = torch.zeros(2, 300, dtype=torch.int8)
+    boundary[:, 120] = boundary[:, 200] = 2
+    for ctx in (None, Context(boundary=boundary)):
+        assert (large(tokens, None, ctx).logits - small(tokens, None, ctx).logits).abs().max() < 1e-12

@@ -155,7 +155,13 @@ def right_last_name(made, row, rng):
     return spread_out(made, row, rng.choice([digits for name, digits in lines if name[1] == last]))
 
 
+def some_kept(made, row, rng):
+    values = [token for token in row[2 : 2 * made.pairs + 1 : 2]]
+    return {t: rng.choice(values) for t in range(len(row) - made.pairs, len(row))}
+
+
 SHORTCUTS = {
+    "documents": some_kept,
     "aggregate-mode": some_line,
     "aggregate-user": some_line,
     "composition": some_symbol,

@@ -9,6 +9,7 @@ PARALLEL, DIFFERENCES = "parallel = token by token, fp64", "finite differences"
 CAUSAL, CAUSAL_GRADIENT = "a later token changes nothing", "no gradient from an output"
 PIECES, STEPS, EMITTED, AGES = "pieces = whole, outputs", "prefill + single steps", "emitted states", "different age"
 BATCH, PACKED, LEVELS, FORGOTTEN = "company in the batch", "packed documents", "a boundary below", "finished document"
+BOUNDED = "where segments, documents"
 PADDING, GATED, EXTREME, PURE = "garbage at tokens", "read-only tokens", "finite outputs and gradients", "the same with"
 SIZES, FLOPS, TRAITS = "declared params and state", "declared FLOPs", "declared traits"
 SAVED, BF16, OWNED = "saved and loaded", "under bf16 autocast", "every parameter is made"
@@ -54,7 +55,7 @@ FAULTS = [
     ("scan", "any-boundary", [LEVELS], 0),
     ("scan", "future-tap", [CAUSAL, CAUSAL_GRADIENT, PIECES, STEPS], None),
     ("scan", "call-mean", [CAUSAL, CAUSAL_GRADIENT, PIECES, STEPS], None),
-    ("scan", "one-token", [PIECES, STEPS], 3),
+    ("scan", "one-token", [PIECES, STEPS, BOUNDED], 3),
     ("scan", "call-grid", [PIECES, STEPS], None),
     ("scan", "pad-decay", [PADDING, GATED], 0),
     ("scan", "pad-write", [PADDING, GATED], 0),
@@ -65,7 +66,7 @@ FAULTS = [
     ("scan", "no-grad", [DIFFERENCES], 0),
     ("scan", "overflow", [PIECES, EXTREME], 1),
     ("scan", "clamped", [PIECES], 0),
-    ("scan", "first-row-position", [AGES, PADDING], 2),
+    ("scan", "first-row-position", [AGES, PADDING, BOUNDED], 2),
     ("scan", "own-position", [PURE, PIECES, STEPS, AGES], None),
     ("scan", "emit-late", [EMITTED], 0),
     ("scan", "emit-none", [EMITTED], 0),
@@ -89,7 +90,7 @@ FAULTS = [
     ("leaky", "wrong-flops", [FLOPS], 0),
     ("list", "uncut", [PACKED], 1),
     ("list", "reads-capacity", [STEPS, AGES], None),
-    ("list", "keeps-padding", [PADDING], 0),
+    ("list", "keeps-padding", [PADDING, BOUNDED], 0),
     ("list", "always-consumes", [STEPS], 0),
     ("list", "says-constant", [TRAITS], 0),
 ]

@@ -6,6 +6,7 @@ there take the initial state. A mixer without native emit is cut at every emit-t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -44,17 +45,22 @@ def by_pieces(mixer: Mixer, x: Tensor, state: states.State, ctx: Context, traits
         out = mixer.mix(x[:, start:stop], state, piece)
         state = out.state
         outs.append(out)
+    return joined(outs)._replace(emitted=stack_emitted(emitted) if ctx.emit else None)
+
+
+def joined(outs: Sequence[Out]) -> Out:
+    """What consecutive pieces of a call gave, as one: the last one's state, losses by how many tokens they are of."""
     published = {
         name: torch.cat([o.published[name] for o in outs], 1) if isinstance(outs[0].published[name], Tensor)
         else outs[-1].published[name]
         for name in outs[0].published
     }
-    losses = {name: torch.stack([o.losses[name] for o in outs]).mean() for name in outs[0].losses}
+    length = sum(o.y.shape[1] for o in outs)
+    losses = {name: torch.stack([o.losses[name] * (o.y.shape[1] / length) for o in outs]).sum()
+              for name in outs[0].losses}
     measured = {name: torch.stack([o.measured[name] for o in outs]).sum(0) for name in outs[0].measured}
-    return outs[-1]._replace(
-        y=torch.cat([o.y for o in outs], 1), published=published, losses=losses, measured=measured,
-        emitted=stack_emitted(emitted) if ctx.emit else None,
-    )
+    return outs[-1]._replace(y=torch.cat([o.y for o in outs], 1), published=published, losses=losses,
+                             measured=measured)
 
 
 def _restart(mixer: Mixer, state: states.State, rows: Tensor) -> states.State:

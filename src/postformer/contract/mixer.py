@@ -49,6 +49,8 @@ class Traits:
     streaming: Literal["constant", "growing", "none"] = "constant"
     soft_gates: bool = True
     """tick and write in (0, 1) and read-only tokens are honoured; False where local mixing would see them."""
+    taps: bool = False
+    """The field `local` of its state is what a convolution or a shift before it has seen, and nothing else."""
     native_reset: bool = True
     native_emit: bool = True
     stateful: bool = True

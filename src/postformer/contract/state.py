@@ -146,8 +146,8 @@ def size(state: State) -> int:
 
 
 def local_of(state: State, other: State) -> State:
-    """The state with `other`'s fields called `local` (of named tuples, at any depth): what is there of neighbouring
-    tokens, in a convolution's taps or a shift. Both of the same structure."""
+    """The state with `other`'s fields called `local` (of named tuples, at any depth): where `traits.taps`, what a
+    convolution or a shift has seen of neighbouring tokens. Both of the same structure."""
     if isinstance(state, dict):
         return {k: local_of(v, other[k]) for k, v in state.items()}
     if not isinstance(state, (tuple, list)):

@@ -47,6 +47,11 @@ def input_width(sublayer: Sublayer, model: Model) -> int:
     return model.width * len(sublayer.input)
 
 
+def asked(sub: Sublayer) -> frozenset[str]:
+    """What a sublayer's mixer is to publish; the rest its depth does."""
+    return frozenset(sub.publish.values()) - set(sub.depth.publishes)
+
+
 def planned(model: Model) -> Iterator[list[Planned]]:
     """Layer by layer, the sublayers with their places."""
     counts = Counter(key_of(s.use, model) for name in model.stack for s in model.layers[name])
@@ -58,7 +63,7 @@ def planned(model: Model) -> Iterator[list[Planned]]:
             key = key_of(sub.use, model)
             place = Place(
                 path=f"stack.{i}.{j}", layer=i, num_layers=len(model.stack), rank=seen[key], count=counts[key],
-                width=input_width(sub, model), dim_out=model.width, publish=frozenset(sub.publish.values()),
+                width=input_width(sub, model), dim_out=model.width, publish=asked(sub),
                 identity=order[key], linears=model.linear,
             )
             if isinstance(sub.use, str) and sub.use in model.shared:
@@ -74,8 +79,7 @@ def shared_places(model: Model, name: str, copy: int, num_layers: int) -> list[P
     return [
         Planned(sub, Place(path=f"shared.{name}.{copy}.{j}", layer=0, num_layers=num_layers, rank=copy,
                            count=model.shared[name].copies, width=input_width(sub, model), dim_out=model.width,
-                           publish=frozenset(sub.publish.values()),
-                           identity=f"shared.{name}.{j}", linears=model.linear),
+                           publish=asked(sub), identity=f"shared.{name}.{j}", linears=model.linear),
                 model.mixer_of(sub.use))
         for j, sub in enumerate(model.shared[name].layer)
     ]
@@ -197,6 +201,10 @@ def _fits(item: Planned, where: str, published: set[str]) -> tuple[str, ...]:
             raise DesignError(f"input '{name}' is read before any earlier sublayer publishes it."
                               f"{nearest(name, {'x', *published} - {'tokens'})}", path=f"{where}.input.{i}")
     for name in traits.reads:
+        if name.startswith("input."):
+            raise DesignError(f"'{name.removeprefix('input.')}' is fed by what stands around a mixer, and nothing here "
+                              "does so (to a slow memory: kind timescales with a filter as its first level)",
+                              path=where)
         if name not in published:
             raise DesignError(f"'{name}' is read before any earlier sublayer publishes it.{nearest(name, published)}",
                               path=where)

@@ -180,7 +180,7 @@ class Deep(HeadRead):
 
     @classmethod
     def traits(cls, design: DeepDesign) -> Traits:
-        return Traits(soft_gates=design.local.kind == "none", native_emit=False)
+        return Traits(soft_gates=design.local.kind == "none", taps=True, native_emit=False)
 
     @classmethod
     def choices(cls, design: DeepDesign) -> Choices:

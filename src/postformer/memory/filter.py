@@ -174,7 +174,7 @@ class Filter(Matrix):
     @classmethod
     def traits(cls, design: FilterDesign) -> Traits:
         return Traits(
-            soft_gates=design.local.kind == "none", native_emit=False, publishes=("variance",),
+            soft_gates=design.local.kind == "none", taps=True, native_emit=False, publishes=("variance",),
             inputs=resolve("qkv").inputs,
             exact_gradients=design.covariance != "information" or design.converged,
         )

@@ -62,7 +62,7 @@ class Matrix(HeadRead, AffineMemory):
     def traits(cls, design: MatrixDesign) -> Traits:
         free = design.local.kind == "none" and resolve(design.parameterisation).soft_gates
         return Traits(
-            soft_gates=free, native_emit=free,
+            soft_gates=free, native_emit=free, taps=resolve(design.parameterisation).taps,
             inputs=resolve(design.parameterisation).inputs,
             publishes=("value",) if design.parameterisation == "rwkv7" else (),
             reads=(design.value_residual,) if design.value_residual else (),

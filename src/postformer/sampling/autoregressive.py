@@ -35,7 +35,7 @@ class Piece(NamedTuple):
     live: Tensor
     """bool: False in a row that had stopped before."""
     watched: Mapping[str, Tensor] = EMPTY
-    """By name: what the model published when it chose this token, [B, ...]."""
+    """By name: what the model published when it chose this token, [B, ...]; 0 in a stopped row."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def generate(
         # Stacked outside inference mode, so that the results may enter a training step.
         *parts, published = zip(*columns)
         token, log_probability, forced, live = (torch.stack(part, 1) for part in parts)
-        watched = {name: torch.stack([each[name] for each in published], 1) for name in watch}
+        watched = {name: torch.stack([each[name] for each in published], 1) for name in run.watch}
     else:
         token = run.history.tokens.new_zeros(run.batch, 0)
         log_probability, forced = token.float(), token.bool()
@@ -125,7 +125,7 @@ class _Run:
                  valid: Tensor | None, generator: torch.Generator | None, interpose: Interpose | None,
                  stop: Stop | None, watch: Sequence[str] = ()) -> None:
         self.model, self.policy, self.generator = model, policy, generator
-        self.watch, self.watched = tuple(watch), {}
+        self.watch, self.watched = (watch,) if isinstance(watch, str) else tuple(watch), {}
         self.limit, self.interpose, self.stop = max_new_tokens, interpose, stop
         self.prefix = prompt if isinstance(prompt, Prefix) else None
         tokens = prompt.tokens if isinstance(prompt, Prefix) else prompt
@@ -195,8 +195,8 @@ class _Run:
                 seen.scatter_(1, token[:, None], True)
             history.append(token)
             self.kept.append(self.live)
-            # Cloned: a recorded step writes the next token's over them.
-            watched = {name: made.clone() for name, made in self.watched.items()}
+            # A copy: a recorded step writes the next token's over them.
+            watched = {name: made * self.live.view(-1, *(1,) * (made.ndim - 1)) for name, made in self.watched.items()}
             piece = Piece(token, log_probability, is_forced, self.live, watched)
             if stopped is not None:
                 self._end(stopped(history.tokens) & self.live)

@@ -33,7 +33,7 @@ from postformer.design.grammar import Model
 from postformer.design.plan import planned
 from postformer.model import LanguageModel, build, evaluating
 from postformer.surgery.base import Surgery, register
-from postformer.surgery.silence import silences
+from postformer.surgery.silence import long_text, silences
 
 How = Literal["stack", "interleave", "identity"]
 
@@ -215,9 +215,10 @@ def _rows(small: Model, large: Model, source: list[int], owner: str) -> list[int
 def _same(small: LanguageModel, large: LanguageModel) -> None:
     """Raises DesignError unless both give the same logits."""
     device = small.embedding.weight.device
-    tokens = torch.randint(small.design.vocab, (2, 24), generator=torch.Generator().manual_seed(0)).to(device)
+    tokens, ctx = long_text(small.design)
+    tokens, ctx = tokens.to(device), ctx.replace(boundary=ctx.boundary.to(device))  # type: ignore[union-attr]
     with torch.no_grad(), evaluating(small), evaluating(large):
-        before, after = small(tokens).logits, large(tokens).logits
+        before, after = small(tokens, None, ctx).logits, large(tokens, None, ctx).logits
     error, size = float((before - after).abs().max()), float(before.abs().max())
     if not error <= size * (1e-10 if before.dtype == torch.float64 else 1e-5):
         rows = ", ".join(sorted({called for _, called in large.tied().values()}))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from postformer.block.sublayer import Reference, Sublayer
+from postformer.contract.context import Context
 from postformer.design import DesignError
 from postformer.design.grammar import Model
 from postformer.layers.linear import silent_at_zero
@@ -23,6 +24,8 @@ from postformer.model import LanguageModel, build, evaluating
 
 NOISE = 0.02
 """Added to every weight of the model that is tried, so that what merely starts at zero does not pass for silent"""
+LONG = 800
+"""Tokens after which every slow clock has ticked that anybody will set"""
 Silence = dict[str, float]
 
 
@@ -53,7 +56,20 @@ def silences(design: Model, layers: Sequence[int]) -> Silence:
         _set(model, _union(branches, chosen | tried), kept)
         silent = _silent(model, list(tried), tokens)
         chosen |= {path: groups for path, groups in tried.items() if silent[path]}
-    return _union(branches, chosen)
+    # A memory on a slow clock says nothing for a while: what is heard late, or after a document's end, stays zero.
+    _set(model, _union(branches, chosen), kept)
+    silent = _silent(model, list(branches), *long_text(design))
+    return _union(branches, {path: groups if silent[path] else list(range(len(branches[path])))
+                             for path, groups in chosen.items()})
+
+
+def long_text(design: Model) -> tuple[Tensor, Context]:
+    """Tokens [1, LONG], and the ends of segments, documents and a stream among them."""
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(design.vocab, (1, LONG), generator=generator)
+    boundary = torch.zeros(1, LONG, dtype=torch.int8)
+    boundary[0, LONG // 8 :: LONG // 8] = torch.tensor([1, 2, 1, 2, 1, 3, 2])
+    return tokens, Context(boundary=boundary)
 
 
 def _sublayers(model: LanguageModel, layer: int) -> list[Sublayer]:
@@ -99,7 +115,7 @@ def _set(model: LanguageModel, values: Silence, kept: dict[str, Tensor]) -> None
                 parameter.copy_(kept[name])
 
 
-def _silent(model: LanguageModel, paths: list[str], tokens: Tensor) -> dict[str, bool]:
+def _silent(model: LanguageModel, paths: list[str], tokens: Tensor, ctx: Context | None = None) -> dict[str, bool]:
     """Whether each branch adds exactly nothing to the stream."""
     found: dict[str, bool] = {}
 
@@ -110,7 +126,7 @@ def _silent(model: LanguageModel, paths: list[str], tokens: Tensor) -> dict[str,
              for path in paths]
     try:
         with torch.no_grad(), evaluating(model):
-            model(tokens)
+            model(tokens, None, ctx)
     finally:
         for hook in hooks:
             hook.remove()

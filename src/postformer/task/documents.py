@@ -77,6 +77,10 @@ class Documents(Task):
     def chance(self, setting: Setting) -> float:
         return 1 / self.symbols
 
+    def shortcut(self, setting: Setting) -> float:
+        """Any value of the first document, whatever its key."""
+        return 1 / self.pairs + (1 - 1 / self.pairs) / self.symbols
+
     def check(self, setting: Setting) -> None:
         if not (isinstance(setting, tuple) and len(setting) == 2 and all(map(is_count, setting))):
             raise TaskError(f"task {self.name}: a setting is (length, documents), two integers of at least 1, for "

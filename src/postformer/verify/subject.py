@@ -18,7 +18,7 @@ from postformer.design.plan import Planned, planned, shared_places
 from postformer.model import LanguageModel, build
 from postformer.model.language import LMState
 
-WIDTH, WINDOW, SEGMENT, CHUNK = 32, 8, 16, 8
+WIDTH, WINDOW, SEGMENT, CHUNK, PERIOD = 32, 8, 16, 8, 5
 
 
 def reduced(recipe: Recipe) -> Recipe:
@@ -29,11 +29,13 @@ def reduced(recipe: Recipe) -> Recipe:
 
 
 def _narrow(value: Any) -> Any:
-    """Windows cut to 8 tokens, segments to 16, chunks to 8 wherever a design has them: short sequences leave them."""
+    """Windows cut to 8 tokens, segments to 16, chunks to 8, periods to 5 wherever a design has them: short sequences
+    leave them."""
     if isinstance(value, Design):
         changes = {name: _narrow(getattr(value, name)) for name in type(value).model_fields}
-        for name, most in (("window", WINDOW), ("segment", SEGMENT), ("chunk", CHUNK)):
-            if isinstance(size := getattr(value, name, None), int):
+        for name, most in (("window", WINDOW), ("segment", SEGMENT), ("chunk", CHUNK), ("every", PERIOD),
+                           ("target", PERIOD)):
+            if isinstance(size := getattr(value, name, None), (int, float)) and not isinstance(size, bool):
                 changes[name] = min(size, most)
         return value.model_copy(update={k: v for k, v in changes.items() if v is not getattr(value, k)})
     if isinstance(value, dict):

@@ -79,7 +79,7 @@ def lower(name: str, args: tuple[Any, ...], options: dict[str, Any], writes: lis
         return []
     name = SAME.get(name, name)
     for t in (*writes, *(a for a in args if isinstance(a, Tensor))):
-        if t.device.type != "cpu" or (t.is_floating_point() and t.dtype != dtype) or t.is_complex():
+        if t.device.type != "cpu" or t.dtype not in (dtype, torch.int64, torch.bool):
             raise NotRecordable(f"{name} on {t.dtype} in a tape of {dtype}")
     made = LOWER.get(name)
     if made is None:

@@ -6,9 +6,9 @@ S is the state of any memory, which by itself would forget everything at the end
 same shape, is its slow copy, from the initial state on. c = 0 is the memory by itself, c = 1 one that never forgets.
 The learned share sees the mean of the document's tokens and decides whether this one was worth keeping (fast weights
 into slow ones, as in 2512.24695).
-Neighbouring tokens that a convolution before the memory has seen are no part of what is kept.
+Neighbouring tokens that a convolution before the memory has seen are no part of what is kept; counters go on.
 Limits: document after document (inside one, all tokens at once); two states are carried. The memory's state is made of
-numbers that can be mixed, so no list of tokens.
+numbers that can be mixed: no list of tokens, nothing that is kept in logarithms (mlstm).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
+from postformer.contract import fallback
 from postformer.contract import state as states
 from postformer.contract.context import LEVELS, STREAM, Context, gates
 from postformer.contract.mixer import Mixer, Out, Traits, prefixed
@@ -45,6 +46,9 @@ class ConsolidatedDesign(Design):
         traits = child(self.of)
         if isinstance(self.share, float) and not 0 <= self.share <= 1:
             raise ValueError(f"share is {self.share:g}; a share lies in [0, 1]")
+        if not traits.soft_gates and not traits.taps:
+            raise ValueError(f"of '{self.of.kind}' mixes neighbouring tokens before it learns (or keeps logarithms), "
+                             "and a share of that makes no sense; set local: none in it, or use another memory")
         if not traits.stateful:
             raise ValueError(f"of '{self.of.kind}' keeps nothing; give a memory, e.g. kind: matrix")
         if getattr(self.of, "forget_at", "document") != self.at:
@@ -69,9 +73,7 @@ class Consolidated(Mixer):
     def __init__(self, design: ConsolidatedDesign, site: Any) -> None:
         super().__init__()
         self.of, self.width = site.build(design.of, "of", publish=site.publish), site.width
-        if not child(design.of).soft_gates and not hasattr(self.of.initial(1), "local"):
-            raise ValueError(f"of '{design.of.kind}' mixes neighbouring tokens before it learns, and what it mixes "
-                             "would be kept from one document to the next; set local: none in it")
+        self.taps = child(design.of).taps
         self.share = site.linear("share", site.width, 1, bias=True, role="gate") if design.share == "learned" else None
 
     def initial(self, batch: int, condition: Tensor | None = None) -> ConsolidatedState:
@@ -90,18 +92,18 @@ class Consolidated(Mixer):
             if a in cuts:
                 assert boundary is not None
                 state = self._ended(boundary[:, a], level, state)
-            piece = ctx.narrow(a, b, length).replace(boundary=None)
+            piece = ctx.narrow(a, b, length)
+            if piece.boundary is not None:
+                piece = piece.replace(boundary=piece.boundary.masked_fill(piece.boundary >= level, 0))
             out = self.of(x[:, a:b], state.running, piece)
             seen = x[:, a:b].to(state.total.dtype)
             weight = seen.new_ones(seen.shape[:2]) if write is None else write[:, a:b].to(seen.dtype)
             state = state._replace(running=out.state, total=state.total + (seen * weight[..., None]).sum(1),
                                    count=state.count + weight.sum(1))
             outs.append(out)
-        losses = {k: torch.stack([o.losses[k] for o in outs]).mean() for k in outs[0].losses}
-        measured = {k: torch.stack([o.measured[k] for o in outs]).sum(0) for k in outs[0].measured}
-        published = {name: torch.cat([o.published[name] for o in outs], 1) for name in outs[0].published}
-        return Out(torch.cat([o.y for o in outs], 1), state, published, losses=prefixed("of", losses),
-                   measured=prefixed("of", measured))
+        whole = fallback.joined(outs)
+        return Out(whole.y, state, whole.published, losses=prefixed("of", whole.losses),
+                   measured=prefixed("of", whole.measured))
 
     def _ended(self, boundary: Tensor, level: int, state: ConsolidatedState) -> ConsolidatedState:
         """The state where rows of boundary [B] begin a document, or a stream."""
@@ -109,18 +111,20 @@ class Consolidated(Mixer):
         if self.share is None:
             c = state.count.new_full(state.count.shape, float(self.design.share))
         else:
-            mean = state.total / state.count.clamp_min(1)[:, None]
+            mean = state.total / torch.where(state.count > 0, state.count, 1)[:, None]
             c = torch.sigmoid(self.share(mean.to(self.share.weight.dtype))[:, 0]).to(state.count.dtype)
         c = torch.where(state.count > 0, c, 0)  # an empty document leaves nothing
 
         def mixed(new: Tensor, old: Tensor) -> Tensor:
             if not new.is_floating_point():
-                return old
+                return torch.where(c.view(-1, *(1,) * (new.ndim - 1)) > 0, new, old)
             return old + c.view(-1, *(1,) * (new.ndim - 1)).to(new.dtype) * (new - old)
 
         initial = self.initial(boundary.shape[0])
         kept = states.where(rows, states.map_state(mixed, state.running, state.kept), state.kept)
-        kept = states.local_of(states.where(anew, initial.kept, kept), initial.kept)
+        kept = states.where(anew, initial.kept, kept)
+        if self.taps:
+            kept = states.local_of(kept, initial.kept)
         ended = ConsolidatedState(states.where(rows, kept, state.running), kept, *(
             value.masked_fill(rows.view(-1, *(1,) * (value.ndim - 1)), 0) for value in (state.total, state.count)))
         return ended._replace(running=states.map_state(torch.clone, ended.running))

@@ -138,9 +138,11 @@ class Segmented(Mixer):
         pair, both = x.repeat_interleave(2, 1), doubled(none, place)
         assert none.boundary is not None
         both = both.replace(boundary=torch.cat([none.boundary, torch.zeros_like(none.boundary)], 1))
-        state = SegmentState(
+        rows = none.boundary[:, 0] > 0  # the others are not to know that this one has a boundary
+        ended = SegmentState(
             self.memory(x, state.start, none).state, self.memory(x, state.running, none).state,
             self.attention(pair, state.attention, both).state, state.taken)
+        state = states.where(rows, ended, state)
         return self._next_segment(none.boundary[:, 0] >= LEVELS[self.forget_at], state)
 
     def _next_segment(self, rows: Tensor, state: SegmentState) -> SegmentState:

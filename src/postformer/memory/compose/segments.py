@@ -65,6 +65,8 @@ class Closing(NamedTuple):
     """[B]: by how much the segment of the tokens so far is over, and not closed yet"""
     count: Tensor
     """[B] int64: tokens of the segment so far"""
+    over: Tensor | None = None
+    """[B], 0 or 1: whether the segment is over and no token has followed (None: nobody asks)"""
 
 
 class Ended(NamedTuple):
@@ -72,6 +74,8 @@ class Ended(NamedTuple):
     """[B, T] in [0, 1]: by how much a segment ended before this token and is closed at it"""
     gate: Tensor
     """[B, T] in [0, 1]: how much of a token there is (0: not there, or read only)"""
+    first: Tensor | None
+    """[B, T] bool: the first token, as far as there is one, after an end (None: nobody asks)"""
     reset: Tensor | None
     """[B, T] bool: before which tokens everything is forgotten"""
 
@@ -83,9 +87,10 @@ class Ends(nn.Module):
     forget_at: str
     """The lowest boundary of the data that means something here"""
 
-    def __init__(self, every: Period, site: Any, resets_at: str) -> None:
+    def __init__(self, every: Period, site: Any, resets_at: str, marks: bool = False) -> None:
+        """marks: also say which token is the first after an end."""
         super().__init__()
-        self.every, self.resets_at = every, resets_at
+        self.every, self.resets_at, self.marks = every, resets_at, marks
         self.forget_at = every if every in ("segment", "document") else resets_at  # type: ignore[assignment]
         self.score = (site.linear("boundary", site.width, 1, bias=True, role="gate")
                       if isinstance(every, Learned) else None)
@@ -95,7 +100,7 @@ class Ends(nn.Module):
     def initial(self, like: Tensor) -> Closing:
         """like [B, ...], of a state's dtype"""
         zero = like.new_zeros(like.shape[0])
-        return Closing(zero, zero.long())
+        return Closing(zero, zero.long(), zero.clone() if self.marks else None)
 
     def forward(self, x: Tensor, state: Closing, ctx: Context) -> tuple[Ended, Closing, Tensor | None]:
         """x [B, T, D] -> (what ended, the state, the loss of learned ends)"""
@@ -106,17 +111,13 @@ class Ends(nn.Module):
         if given is not None and reset is not None:
             given = given & ~reset
         after, count, loss = self._after(x, gate, state, ctx)
-        # before_t = pending_t, or 1 at a boundary of the data;  pending_{t+1} = w_t after_t + (1 - w_t) before_t
-        kept, added = 1 - gate, gate * after
-        if given is not None:
-            mark = given.to(dtype)
-            kept, added = kept * (1 - mark), added + kept * mark
-        following = scan(kept, added, state.pending, reset)
-        pending = torch.cat([state.pending[:, None], following[:, :-1]], 1)
-        if reset is not None:
-            pending = pending.masked_fill(reset, 0)
-        before = pending if given is None else torch.where(given, 1.0, pending)
-        return Ended(before * gate, gate, reset), Closing(following[:, -1], count), loss
+        before, pending = waiting(after, gate, state.pending, given, reset)
+        first = over = None
+        if state.over is not None:
+            there = (gate > 0).to(dtype)
+            mark, over = waiting(after, there, state.over, given, reset)
+            first = mark * there > 0
+        return Ended(before * gate, gate, first, reset), Closing(pending, count, over), loss
 
     def _after(self, x: Tensor, gate: Tensor, state: Closing, ctx: Context) -> tuple[Tensor, Tensor, Tensor | None]:
         """([B, T] by how much a segment ends after each token, the count, the loss)"""
@@ -137,7 +138,10 @@ class Ends(nn.Module):
                              "put them into ctx.shared as 'tokens' [B, T], or give a number of tokens")
         ends = every.after if isinstance(every, After) else tuple(BYTES[every])  # type: ignore[index]
         tokens = ctx.shared["tokens"]
-        return torch.isin(tokens, torch.tensor(ends, device=tokens.device)).to(gate.dtype), state.count, None
+        found = tokens == ends[0]
+        for token in ends[1:]:
+            found = found | (tokens == token)
+        return found.to(gate.dtype), state.count, None
 
     @staticmethod
     def words(every: Period) -> str:
@@ -153,9 +157,28 @@ class Ends(nn.Module):
     @staticmethod
     def reads(every: Period) -> tuple[str, ...]:
         """What of `ctx.shared` it needs"""
-        return ("tokens",) if isinstance(every, After) or every in BYTES else ()
+        return ("tokens",) if isinstance(every, After) or (isinstance(every, str) and every in BYTES) else ()
 
     @staticmethod
-    def cost(every: Period, site: Any) -> Cost:
-        total = Cost(state=4 + 8)
+    def cost(every: Period, site: Any, marks: bool = False) -> Cost:
+        total = Cost(state=4 + 8 + 4 * marks)
         return total + site.linear_cost(site.width, 1, bias=True, role="gate") if isinstance(every, Learned) else total
+
+
+def waiting(after: Tensor, gate: Tensor, start: Tensor, given: Tensor | None, reset: Tensor | None
+            ) -> tuple[Tensor, Tensor]:
+    """(before_t [B, T], the last pending [B]) of
+
+        before_t = pending_t, or 1 at a boundary of the data;   pending_{t+1} = w_t after_t + (1 - w_t) before_t
+
+    after, gate (w) [B, T]; start [B] is pending_0; given, reset [B, T] bool: boundaries, and where it is 0 again.
+    """
+    kept, added = 1 - gate, gate * after
+    if given is not None:
+        mark = given.to(gate.dtype)
+        kept, added = kept * (1 - mark), added + kept * mark
+    following = scan(kept, added, start, reset)
+    pending = torch.cat([start[:, None], following[:, :-1]], 1)
+    if reset is not None:
+        pending = pending.masked_fill(reset, 0)
+    return pending if given is None else torch.where(given, 1.0, pending), following[:, -1]

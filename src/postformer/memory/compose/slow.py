@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from postformer.contract.context import FED, Context, extended
+from postformer.contract.context import FED, LEVELS, Context, extended
 from postformer.contract.mixer import Mixer, Out, Traits, prefixed
 from postformer.contract.state import State
 from postformer.design import registry
@@ -51,7 +51,16 @@ class SlowDesign(Design):
         if not traits.soft_gates:
             raise ValueError(f"of '{self.of.kind}' mixes neighbouring tokens before it learns, and is to be read "
                              "without being written to; set local: none in it")
+        if self.every in ("segment", "document") and LEVELS[outlives(self.of)] <= LEVELS[self.every]:  # type: ignore
+            longer = "stream" if self.every == "document" else "document"
+            raise ValueError(f"of '{self.of.kind}' forgets where a {self.every} ends, and so would never be written; "
+                             f"set forget_at: {longer} in it")
         return self
+
+
+def outlives(design: Any) -> str:
+    """The boundary at which a memory forgets everything."""
+    return getattr(design, "forget_at", None) or getattr(registry.resolve(design.kind), "forget_at", "document")
 
 
 def child(design: Any) -> Traits:
@@ -71,9 +80,9 @@ class SlowState(NamedTuple):
 class Slow(Mixer):
     def __init__(self, design: SlowDesign, site: Any) -> None:
         super().__init__()
-        self.forget_at = getattr(design.of, "forget_at", "document")
         self.of = site.build(design.of, "of")
-        self.ends = Ends(design.every, site, self.forget_at)
+        self.forget_at = outlives(design.of)
+        self.ends = Ends(design.every, site, self.forget_at, "ends" in site.publish)
         self.score = (site.linear("score", site.width, 1, bias=True, role="gate") if design.summary != "mean" else None)
         self.doubt = site.parameter("doubt", (1,), lambda p: p.fill_(0.5)) if design.summary == "doubt" else None
         self.width = site.width
@@ -98,7 +107,8 @@ class Slow(Mixer):
             out = self.of(torch.lerp(x, s.to(x.dtype), close[..., None].to(x.dtype)),
                           None if ctx.fresh else state.memory, inside)
         losses = prefixed("of", out.losses) | ({} if loss is None else {"rate": loss})
-        return Out(out.y, SlowState(out.state, ends, total, weight), {"ends": ended.before}, losses=losses,
+        published = {} if ended.first is None else {"ends": ended.first}
+        return Out(out.y, SlowState(out.state, ends, total, weight), published, losses=losses,
                    measured=prefixed("of", out.measured))
 
     def _summaries(self, x: Tensor, ended: Ended, state: SlowState, ctx: Context
@@ -108,9 +118,6 @@ class Slow(Mixer):
         if self.score is not None:
             raw = self.score(x)[..., 0].to(weight.dtype)
             if self.doubt is not None:
-                if f"{FED}doubt" not in ctx.shared:
-                    raise ValueError("summary: doubt weighs by the variance of a faster memory; put this level into "
-                                     "kind: timescales after one of kind: filter, or set summary: weighted")
                 raw = raw + self.doubt.to(raw.dtype) * ctx.shared[f"{FED}doubt"].to(raw.dtype)
             weight = weight * torch.sigmoid(raw)
         new = torch.cat([x.to(weight.dtype), torch.ones_like(x[..., :1], dtype=weight.dtype)], -1) * weight[..., None]
@@ -128,7 +135,8 @@ class Slow(Mixer):
     def traits(cls, design: SlowDesign) -> Traits:
         made = child(design.of)
         return replace(made, native_reset=True, native_emit=False, two_way=False, inputs=("doubt",),
-                       publishes=("ends",), reads=made.reads + Ends.reads(design.every))
+                       publishes=("ends",), reads=made.reads + Ends.reads(design.every)
+                       + ((f"{FED}doubt",) if design.summary == "doubt" else ()))
 
     @classmethod
     def words(cls, design: SlowDesign) -> str:
@@ -140,7 +148,7 @@ class Slow(Mixer):
         if held.flops_per_key:
             raise ValueError(f"of '{design.of.kind}' keeps a list of tokens, and here it would be of segments, of "
                              "whose length nobody could tell beforehand; give a memory of constant size")
-        total = held + Ends.cost(design.every, site) + Cost(state=4 * site.width + 4)
+        total = held + Ends.cost(design.every, site, "ends" in site.publish) + Cost(state=4 * site.width + 4)
         if design.summary != "mean":
             total += site.linear_cost(site.width, 1, bias=True, role="gate")
         return total + Cost(params=int(design.summary == "doubt"))

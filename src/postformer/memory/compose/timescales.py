@@ -41,13 +41,16 @@ class Level(Design):
     def _sense(self) -> Level:
         if self.every == 1 and self.summary != "mean":
             raise ValueError(f"summary: {self.summary} is of a segment, and this level sees every token; set every")
-        self.mixer  # noqa: B018  refuses what does not fit
+        if self.every != 1:
+            SlowDesign(of=self.of, every=self.every, summary=self.summary)  # refuses what does not fit
         return self
 
     @property
     def mixer(self) -> Any:
         """The design of what runs"""
-        return self.of if self.every == 1 else SlowDesign(of=self.of, every=self.every, summary=self.summary)
+        # Without validation, which takes longer than a small step and is done above.
+        return self.of if self.every == 1 else SlowDesign.model_construct(
+            of=self.of, every=self.every, summary=self.summary)
 
 
 class TimescalesDesign(Design):
@@ -116,7 +119,9 @@ class Timescales(Mixer):
     @staticmethod
     def _asked(design: TimescalesDesign, i: int, site: Any) -> frozenset[str]:
         """Which publications of a level are wanted."""
-        return frozenset({"variance"}) if i == 0 and (design.unsure or "variance" in site.publish) else frozenset()
+        if i == 0:
+            return frozenset({"variance"}) if design.unsure or "variance" in site.publish else frozenset()
+        return frozenset({"ends"}) if design.arrangement == "nested" else frozenset()
 
     def initial(self, batch: int, condition: Tensor | None = None) -> State:
         return tuple(level.initial(batch) for level in self.levels)  # type: ignore[operator]
@@ -168,8 +173,9 @@ class Timescales(Mixer):
             outs.insert(0, out)
             y = out.y if y is None else y + out.y
             if i:
-                ends = (out.published["ends"] > 0).to(torch.int8) * SEGMENT
-                inside = ctx.replace(boundary=ends if ctx.boundary is None else torch.maximum(ctx.boundary, ends))
+                ends = out.published["ends"].long() * SEGMENT
+                inside = ctx.replace(
+                    boundary=ends if ctx.boundary is None else torch.maximum(ctx.boundary.long(), ends))
         assert y is not None
         return y, outs
 
@@ -180,8 +186,10 @@ class Timescales(Mixer):
     @classmethod
     def traits(cls, design: TimescalesDesign) -> Traits:
         each = [child(level.mixer) for level in design.levels]
+        made = joined(each)
+        reads = tuple(name for name in made.reads if not (design.unsure and name == f"{FED}doubt"))
         # Its levels do what they cannot natively by themselves.
-        return replace(joined(each), native_reset=True, native_emit=True, publishes=design.offers)
+        return replace(made, native_reset=True, native_emit=True, publishes=design.offers, reads=reads)
 
     @classmethod
     def words(cls, design: TimescalesDesign) -> str:

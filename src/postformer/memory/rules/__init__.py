@@ -25,6 +25,8 @@ class Rule(nn.Module):
     """Several heads may share a key head"""
     soft_gates: ClassVar[bool] = True
     """Besides local mixing, nothing in it looks at neighbouring tokens or carries a state of its own"""
+    taps: ClassVar[bool] = False
+    """The local state is what its local mixing has seen, and nothing else"""
     normalised: ClassVar[bool] = False
     """The state has a column of ones, by which the read divides"""
     inputs: ClassVar[tuple[str, ...]] = ()

@@ -24,6 +24,7 @@ from postformer.memory.rules.gates import fp32, inverse_softplus_dt, log_uniform
 @rule("mamba2")
 class Mamba2(Rule):
     local = ("none", "conv")
+    taps = True
     grouped = True
     four = Choices("matrix", "dot", "decay per head, chosen by the input", "one gradient step of size Delta_t",
                    "S_t = exp(-A Delta_t) S_{t-1} + B_t (Delta_t x_t)^T;  o_t = S_t^T C_t + D x_t")

@@ -33,6 +33,8 @@ SPREAD, CENTRE, EPS = 1.5, -0.2, 1e-6
 
 @rule("preconditioned")
 class Preconditioned(OneStep):
+    taps = False
+
     def __init__(self, design: MatrixDesign, site: Any) -> None:
         super().__init__(design, site)
         count = self.key_heads

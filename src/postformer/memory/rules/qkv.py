@@ -41,6 +41,7 @@ class Qkv(Rule):
     fixed = frozenset()
     local = ("none", "conv", "shift")
     grouped = True
+    taps = True
     inputs = ("query", "key", "value")
 
     def __init__(self, design: MatrixDesign, site: Any) -> None:

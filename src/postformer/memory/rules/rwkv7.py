@@ -56,6 +56,7 @@ class Lora(nn.Module):
 @rule("rwkv7")
 class Rwkv7(Rule):
     local = ("shift",)
+    taps = True
     four = Choices("matrix", "l2", "decay per channel, chosen by the input",
                    "one gradient step, a rate a_t for every channel",
                    "S_t = (Diag(w_t) - (a_t .* c_t) c_t^T) S_{t-1} + k_t v_t^T;  o_t = S_t^T r_t")
