@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from postformer.data import load_corpus
 from postformer.objective import Batch
 
 # importlib import mode keeps test folders off sys.path; the helpers are loaded by file.
@@ -27,3 +28,11 @@ def batch_at():
         generator = torch.Generator().manual_seed(step)
         return Batch.windows(torch.randint(1, 4, (batch, length + 1), generator=generator).cumsum(1) % 256)
     return at
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("POSTFORMER_CACHE", str(tmp_path / "cache"))
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} and {i + 1} make {2 * i + 1}.\n" for i in range(900)))
+    return load_corpus(text)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from postformer import design
-from postformer.data import load_corpus
 from postformer.model import build
 from postformer.objective import NextToken
 from postformer.training import TrainConfig, Trainer, corpus_source
@@ -19,14 +18,6 @@ def recipe(depth):
 
 def config(**changes):
     return TrainConfig(**{"steps": 6, "batch_size": 4, "length": 16, "optimiser": {"learning_rate": 0.01}} | changes)
-
-
-@pytest.fixture
-def corpus(tmp_path, monkeypatch):
-    monkeypatch.setenv("POSTFORMER_CACHE", str(tmp_path / "cache"))
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{i} and {i + 1} make {2 * i + 1}.\n" for i in range(900)))
-    return load_corpus(text)
 
 
 @pytest.mark.parametrize("depth", ["mod", {"kind": "loop", "most": 3, "price": 0.5}, {"kind": "ode", "most": 3}])

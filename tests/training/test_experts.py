@@ -8,7 +8,6 @@ import torch
 import postformer.block.experts
 import postformer.memory.vector  # noqa: F401
 from postformer import design
-from postformer.data import load_corpus
 from postformer.model import build
 from postformer.objective import Batch, NextToken
 from postformer.training import TrainConfig, Trainer, corpus_source, load_run, resume, train_language
@@ -23,14 +22,6 @@ def recipe(balance="bias", **moe):
 def config(**changes):
     return TrainConfig(**{"steps": 6, "batch_size": 4, "length": 16, "evaluate_batches": 1,
                           "optimiser": {"learning_rate": 0.01}} | changes)
-
-
-@pytest.fixture
-def corpus(tmp_path, monkeypatch):
-    monkeypatch.setenv("POSTFORMER_CACHE", str(tmp_path / "cache"))
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{i} and {i + 1} make {2 * i + 1}.\n" for i in range(900)))
-    return load_corpus(text)
 
 
 def biases(model):

@@ -6,7 +6,7 @@ child sees passes on a `replace`d copy. Every token field is `[B, T]`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -97,8 +97,13 @@ class Context:
 
 def narrow_shared(shared: Mapping[str, Any], start: int, stop: int, length: int) -> Mapping[str, Any]:
     """Publications for tokens start..stop-1 of `length`: tensors [B, length, ...] are cut, the rest passes as it is."""
+    return along_time(shared, length, lambda value: value[:, start:stop])
+
+
+def along_time(shared: Mapping[str, Any], length: int, change: Callable[[Tensor], Tensor]) -> Mapping[str, Any]:
+    """The publications with what has a time axis of `length`, tensors [B, length, ...], changed."""
     return MappingProxyType({
-        k: v[:, start:stop] if isinstance(v, Tensor) and v.ndim >= 2 and v.shape[1] == length else v
+        k: change(v) if isinstance(v, Tensor) and v.ndim >= 2 and v.shape[1] == length else v
         for k, v in shared.items()
     })
 

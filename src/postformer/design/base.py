@@ -38,6 +38,26 @@ def word(field: str) -> Short:
     return Short(lambda value: {field: value} if isinstance(value, str) else value)
 
 
+def one_of(kinds: Mapping[str, type[Design]], what: str, example: str) -> Short:
+    """A field that takes a design of one of these kinds, by a mapping with its 'kind' or by the kind's name alone.
+
+    what, example: for messages, e.g. "linear map" and "{kind: lora, rank: 8}".
+    """
+    *most, last = kinds
+
+    def read(value: Any) -> Any:
+        if isinstance(value, tuple(kinds.values())):
+            return value
+        value = {"kind": value} if isinstance(value, str) else value
+        if not isinstance(value, dict) or "kind" not in value:
+            raise ValueError(f"a {what} is {', '.join(most)} or {last}, or a mapping with a 'kind', e.g. {example}")
+        if value["kind"] not in list(kinds):
+            raise ValueError(f"unknown kind '{value['kind']}' of {what}.{nearest(value['kind'], kinds)}")
+        return kinds[value["kind"]].model_validate(value)
+
+    return Short(read, {"enum": sorted(kinds)})
+
+
 class Design(BaseModel):
     """A frozen piece of architecture. Mixers subclass it with a `kind: Literal[...]`."""
 

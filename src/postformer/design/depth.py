@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from postformer.design.base import Design, Short, nearest
+from postformer.design.base import Design, one_of
 from postformer.design.cost import Cost
 
 if TYPE_CHECKING:
@@ -194,16 +194,4 @@ Depth = Fixed | Mod | Loop | Ode
 KINDS: dict[str, type[Depth]] = {"fixed": Fixed, "mod": Mod, "loop": Loop, "ode": Ode}
 
 
-def _depth(value: Any) -> Any:
-    if isinstance(value, (Fixed, Mod, Loop, Ode)):
-        return value
-    value = {"kind": value} if isinstance(value, str) else value
-    if not isinstance(value, dict) or "kind" not in value:
-        raise ValueError("a depth is fixed, mod, loop or ode, or a mapping with a 'kind', e.g. {kind: mod, capacity: "
-                         "0.5}")
-    if value["kind"] not in list(KINDS):
-        raise ValueError(f"unknown kind '{value['kind']}' of depth.{nearest(value['kind'], KINDS)}")
-    return KINDS[value["kind"]].model_validate(value)
-
-
-AnyDepth = Annotated[Depth, Short(_depth, {"enum": sorted(KINDS)})]
+AnyDepth = Annotated[Depth, one_of(KINDS, "depth", "{kind: mod, capacity: 0.5}")]

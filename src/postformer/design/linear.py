@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from postformer.design.base import Design, Scales, Short, nearest
+from postformer.design.base import Design, Scales, nearest, one_of
 from postformer.design.cost import Cost
 from postformer.design.cost import linear as dense_cost
 
@@ -72,19 +72,7 @@ Linear = Dense | Ternary | Lora
 KINDS: dict[str, type[Linear]] = {"dense": Dense, "ternary": Ternary, "lora": Lora}
 
 
-def _linear(value: Any) -> Any:
-    if isinstance(value, (Dense, Ternary, Lora)):
-        return value
-    value = {"kind": value} if isinstance(value, str) else value
-    if not isinstance(value, dict) or "kind" not in value:
-        raise ValueError("a linear map is dense, ternary or lora, or a mapping with a 'kind', e.g. {kind: lora, "
-                         "rank: 8}")
-    if value["kind"] not in list(KINDS):
-        raise ValueError(f"unknown kind '{value['kind']}' of linear map.{nearest(value['kind'], KINDS)}")
-    return KINDS[value["kind"]].model_validate(value)
-
-
-AnyLinear = Annotated[Linear, Short(_linear, {"enum": sorted(KINDS)})]
+AnyLinear = Annotated[Linear, one_of(KINDS, "linear map", "{kind: lora, rank: 8}")]
 
 
 class Linears(Design):

@@ -11,13 +11,12 @@ began at it does: a boundary takes effect before the next token that runs, or be
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from postformer.contract.context import DOCUMENT, Context
+from postformer.contract.context import DOCUMENT, Context, along_time
 
 
 def following(chosen: Tensor, ctx: Context, before: Tensor) -> Tensor:
@@ -123,7 +122,4 @@ class Flat:
 
 def taken(shared: Mapping[str, Any], needs: Collection[str], by: Rows | Flat) -> Mapping[str, Any]:
     """The publications that are read, those with a time axis at the tokens that run."""
-    return MappingProxyType({
-        name: by.take(value) if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == by.length else value
-        for name, value in shared.items() if name in needs
-    })
+    return along_time({name: value for name, value in shared.items() if name in needs}, by.length, by.take)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from postformer.block.depth.base import Depth
 from postformer.block.depth.compaction import Flat, Rows, following
-from postformer.contract.context import Context, placed
+from postformer.contract.context import Context, along_time, placed
 from postformer.contract.mixer import Out, Traits
 from postformer.contract.state import State
 
@@ -132,9 +132,8 @@ class Applications:
         position, length = ctx.position, h.shape[1]
         assert position is not None
         boundary = None if ctx.boundary is None else twice(ctx.boundary, torch.zeros_like(ctx.boundary))
-        shared = {name: value.repeat_interleave(2, 1) if isinstance(value, Tensor) and value.ndim >= 2
-                  and value.shape[1] == length else value
-                  for name, value in ctx.shared.items() if name in self.around.needs}
+        read = {name: value for name, value in ctx.shared.items() if name in self.around.needs}
+        shared = along_time(read, length, lambda value: value.repeat_interleave(2, 1))
         keep = twice(ctx.valid, running)
         pairs = ctx.replace(position=twice(position, position), valid=None if bool(keep.all()) else keep,
                             boundary=boundary, tick=twice(ctx.tick, none), write=twice(ctx.write, none), shared=shared,

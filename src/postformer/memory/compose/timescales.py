@@ -153,7 +153,7 @@ class Timescales(Mixer):
             return ys.sum(-1), outs
         raw = self.gate(x)
         if self.doubt is not None:
-            raw = raw + (log_variance(outs[0].published["variance"])[..., None] * self.doubt).to(raw.dtype)
+            raw = raw + (told.shared[f"{FED}doubt"][..., None] * self.doubt).to(raw.dtype)
         return (ys * (len(outs) * raw.softmax(-1))[..., None, :]).sum(-1), outs
 
     def _chain(self, x: Tensor, past: State, ctx: Context) -> tuple[Tensor, list[Out]]:
