@@ -49,6 +49,9 @@ class Context:
     """[B, T] in [0, 1]; multiplies the log-decay: how much time passes."""
     write: Tensor | None = None
     """[B, T] in [0, 1]; multiplies the update."""
+    later: Tensor | None = None
+    """[B, T] int64: the state has been written by so many tokens since this one, which only reads and does not see
+    them (where the trait `rereads` says so). None: none."""
     causal: bool = True
     """False: tokens of this call see each other; the state is still only the past."""
     emit: int | None = None
@@ -89,7 +92,7 @@ class Context:
         cut, emit is left out; `stores` and `inputs` pass whole."""
         cut = {
             name: None if (value := getattr(self, name)) is None else value[:, start:stop]
-            for name in ("position", "valid", "boundary", "tick", "write")
+            for name in ("position", "valid", "boundary", "tick", "write", "later")
         }
         return replace(self, **cut, shared=narrow_shared(self.shared, start, stop, length), emit=None,
                        fresh=self.fresh and start == 0)

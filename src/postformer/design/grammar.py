@@ -136,6 +136,13 @@ class Model(Design):
         return d
 
 
+class Size(Design):
+    """How large a recipe is under one of its further names."""
+
+    width: int
+    layers: int = Field(ge=1)
+
+
 class Recipe(Design):
     """A named design with the paper it comes from."""
 
@@ -144,6 +151,8 @@ class Recipe(Design):
     paper: str | None = None
     """arXiv id"""
     summary: str = ""
+    sizes: dict[str, Size] = {}
+    """Sizes that have names: "125m" of recipe a is loaded as "a-125m"."""
     model: Model
 
     @property

@@ -42,7 +42,7 @@ def names() -> list[str]:
 
 def load(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = (), width: int | None = None,
          layers: int | None = None) -> Recipe:
-    """A recipe by shipped name, path, mapping or Recipe, then scaled, then overridden.
+    """A recipe by shipped name (and size: "palimpsest-125m"), path, mapping or Recipe, then scaled, then overridden.
 
     overrides: "path.to.field=value" (value in YAML); lists by index. width, layers: scale the design to that many
     channels and layers, keeping head sizes and the pattern. Raises DesignError.
@@ -62,6 +62,8 @@ def load(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
                               line=mark.line + 1 if mark else None) from None
     if not isinstance(raw, dict) or "model" not in raw:
         raise DesignError("a recipe is a mapping with at least 'name' and 'model'", file=file)
+    if isinstance(recipe, str) and (size := _size(recipe)) is not None:
+        raw, width, layers = {**raw, "name": recipe}, width or size["width"], layers or size["layers"]
     try:
         result = _validated(raw, layers)
         if width is not None and width != result.model.width:
@@ -90,9 +92,25 @@ def _read(recipe: str | Path) -> tuple[str, str]:
         except OSError as e:
             raise DesignError(f"cannot read the recipe: {e.strerror or e}. `postformer list` shows what ships.",
                               file=str(path)) from None
-    if str(recipe) in names():
-        return f"{recipe}.yaml", files("postformer").joinpath("recipes", f"{recipe}.yaml").read_text(encoding="utf-8")
-    raise DesignError(f"no recipe or file '{recipe}'.{nearest(str(recipe), names())}")
+    name = str(recipe)
+    if name not in names() and _size(name) is not None:
+        name = name.rpartition("-")[0]
+    if name in names():
+        return f"{name}.yaml", files("postformer").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
+    known = [*names(), *(f"{base}-{size}" for base in names() for size in sizes(base))]
+    raise DesignError(f"no recipe or file '{recipe}'.{nearest(name, known)}")
+
+
+def sizes(name: str) -> dict[str, dict[str, int]]:
+    """The named sizes of a shipped recipe, each {"width": ..., "layers": ...}."""
+    text = files("postformer").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text).get("sizes", {}) if "\nsizes:" in text else {}
+
+
+def _size(name: str) -> dict[str, int] | None:
+    """The size that a name means, as in "palimpsest-125m"; None for a plain name."""
+    base, _, size = name.rpartition("-")
+    return sizes(base).get(size) if base in names() and name not in names() else None
 
 
 def _validated(raw: dict[str, Any], layers: int | None) -> Recipe:

@@ -13,7 +13,7 @@ SMALLEST_BLOCK = 64
 """Rows per block of a banded read: narrower windows are masked inside it, since tiny products waste more."""
 
 
-def _check(q, k, v, window, always, fields) -> None:
+def _check(q, k, v, window, always, own, fields) -> None:
     B, _, T = q.shape[:3]
     S = k.shape[2]
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or k.shape[0] != B or k.shape[3] != q.shape[3]:
@@ -25,9 +25,11 @@ def _check(q, k, v, window, always, fields) -> None:
         raise ValueError(f"attention: k {tuple(k.shape)} and v {tuple(v.shape)} differ in batch, heads or keys")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"attention: {q.shape[1]} query heads do not divide among {k.shape[1]} key heads")
-    if always < 0 or S - always < T:
+    if always < 0 or (own and S - always < T):
         raise ValueError(f"attention: {S} keys for {T} queries and always={always}; the last T keys are the queries' "
                          "own tokens, and `always` counts keys before them")
+    if not own and (always or fields["key_position"][0] is None or fields["query_position"][0] is None):
+        raise ValueError("attention: own=False needs key_position and query_position, and has no `always`")
     if window is not None and window < 1:
         raise ValueError(f"attention: window={window}; give at least 1 (the token itself) or None")
     for name, (x, length) in fields.items():
@@ -47,6 +49,7 @@ def visibility(
     query_segment: Tensor | None,
     key_valid: Tensor | None,
     always: int = 0,
+    own: bool = True,
 ) -> Tensor | None:
     """[1 or B, T, S] bool, which keys a query sees; None where it sees all."""
     seen: Tensor | None = None
@@ -56,7 +59,7 @@ def visibility(
         age = qp[:, :, None] - kp[:, None, :]
         if causal:
             seen = age >= 0 if window is None else (age >= 0) & (age < window)
-            if key_position is not None or query_position is not None:
+            if own and (key_position is not None or query_position is not None):
                 seen = seen & torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
         elif window is not None:
             seen = age.abs() < window
@@ -141,6 +144,7 @@ def attention(
     key_bias: Tensor | None = None,
     scale: float | None = None,
     always: int = 0,
+    own: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """Softmax attention: o_t = sum_s softmax_s(scale q_t . k_s + bias_s) v_s over the keys that the query may see.
@@ -157,6 +161,8 @@ def attention(
         key_bias: [B, S], added to the logits of a key; -inf hides it.
         scale: factor on q . k; None is d ** -0.5.
         always: the first so many of the S keys stand outside time: no position, segment or window hides them.
+        own: False where the keys are a list in which the queries' tokens stand anywhere, or not at all: the positions
+            alone say what is seen, and S may be less than T.
         backend: "auto" and "parallel" (scaled_dot_product_attention; in bands where there is a window and no mask),
             or "reference" (query by query).
 
@@ -168,7 +174,7 @@ def attention(
     """
     _, Hq, T, d = q.shape
     S = k.shape[2]
-    _check(q, k, v, window, always, {
+    _check(q, k, v, window, always, own, {
         "key_position": (key_position, S), "query_position": (query_position, T), "key_segment": (key_segment, S),
         "query_segment": (query_segment, T), "key_valid": (key_valid, S), "key_bias": (key_bias, S),
     })
@@ -198,7 +204,8 @@ def attention(
         key_valid = shown if key_valid is None else key_valid & shown
         key_bias = key_bias.masked_fill(~shown, 0.0)
     seen = visibility(
-        T, S, q.device, causal, window, key_position, query_position, key_segment, query_segment, key_valid, always
+        T, S, q.device, causal, window, key_position, query_position, key_segment, query_segment, key_valid, always,
+        own
     )
     if reference:
         return _reference(q, k, v, seen, key_bias, scale)

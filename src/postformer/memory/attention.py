@@ -139,6 +139,8 @@ class Attention(Mixer):
 
     def mix(self, x: Tensor, state: AttentionState, ctx: Context) -> Out:
         batch, length = x.shape[:2]
+        if ctx.later is not None:
+            return Out(self._out(x, self._again(x, state.memory, ctx)), state)
         segments, memory = ctx.segments(), state.memory
         position, following = placed(state.next, length, ctx)
         q = self.q(x).view(batch, length, self.query_heads, self.dim).transpose(1, 2)
@@ -158,10 +160,30 @@ class Attention(Mixer):
                 memory = append(memory, new, segments, written(ctx), ctx.consume)
             else:
                 memory = rotate(memory, new, position, segments, written(ctx), ctx.consume)
-        o = o.reshape(batch, length, -1)
+        return Out(self._out(x, o), AttentionState(memory, following))
+
+    def _out(self, x: Tensor, o: Tensor) -> Tensor:
+        """What was read, [B, T, Hq, d] -> y."""
+        o = o.reshape(*x.shape[:2], -1)
         if self.gate is not None:
             o = o * torch.sigmoid(self.gate(x))
-        return Out(self.out(self.sub_norm(o)), AttentionState(memory, following))
+        return self.out(self.sub_norm(o))
+
+    def _again(self, x: Tensor, memory: Growing | Ring, ctx: Context) -> Tensor:
+        """[B, T, Hq, d] read from a list that was written on after these tokens."""
+        assert ctx.later is not None
+        assert ctx.position is not None
+        batch, length = x.shape[:2]
+        q = self.q_norm(self.q(x).view(batch, length, self.query_heads, self.dim).transpose(1, 2))
+        if self.design.position == "rope":
+            q = rotary(q, angles(ctx.position, self.rotated, q.dtype, self.design.rope_base))
+        k, v = memory.data[:, : int(memory.length.max())].to(q.dtype).permute(2, 0, 3, 1, 4)
+        last = memory.length[:, None] - 1 - ctx.later
+        used = k.shape[2]
+        if used >= length and bool((last == torch.arange(used - length, used, device=q.device)).all()):
+            return attention(q, k, v).transpose(1, 2)
+        every = torch.arange(used, device=q.device).expand(batch, -1)
+        return attention(q, k, v, query_position=last, key_position=every, own=False).transpose(1, 2)
 
     def _read(self, q: Tensor, k: Tensor, v: Tensor, memory: Growing | Ring, position: Tensor,
               segments: Tensor | None, ctx: Context) -> Tensor:
@@ -205,7 +227,8 @@ class Attention(Mixer):
 
     @classmethod
     def traits(cls, design: AttentionDesign) -> Traits:
-        return Traits(two_way=True, streaming="constant" if design.window else "growing", native_emit=False)
+        return Traits(two_way=True, streaming="constant" if design.window else "growing", native_emit=False,
+                      rereads=design.window is None and not design.persistent)
 
     @classmethod
     def choices(cls, design: AttentionDesign) -> Choices:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -29,7 +30,7 @@ def make_depth(design: Any, site: Any, sublayer: Any, able: Traits, needs: froze
 def adapted(able: Traits, design: Any) -> Traits:
     """What a mixer can do under this depth."""
     made = MODULES.get(design.kind)
-    return able if made is None else made.adapted(able, design)
+    return able if made is None else replace(made.adapted(able, design), rereads=False)
 
 
 @contextmanager

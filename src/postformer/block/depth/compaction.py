@@ -86,7 +86,7 @@ class Rows:
         return ctx.replace(
             position=position, valid=None if bool(self.valid.all()) else self.valid,
             boundary=None if self.boundary is None else self.boundary[:, : self.n], tick=take(ctx.tick),
-            write=take(ctx.write), shared=taken(ctx.shared, needs, self), emit=None, room=False)
+            write=take(ctx.write), later=take(ctx.later), shared=taken(ctx.shared, needs, self), emit=None, room=False)
 
 
 class Flat:
@@ -116,8 +116,8 @@ class Flat:
 
     def context(self, ctx: Context, needs: Collection[str]) -> Context:
         position = None if ctx.position is None else self.take(ctx.position)
-        return ctx.replace(position=position, valid=None, boundary=None, tick=None, write=None, emit=None, room=False,
-                           shared=taken(ctx.shared, needs, self))
+        return ctx.replace(position=position, valid=None, boundary=None, tick=None, write=None, later=None, emit=None,
+                           room=False, shared=taken(ctx.shared, needs, self))
 
 
 def taken(shared: Mapping[str, Any], needs: Collection[str], by: Rows | Flat) -> Mapping[str, Any]:

@@ -2,8 +2,9 @@
 
 state: each. Depth n has a state S^(n), written by the tokens that reach depth n; to the others it does not exist (the
 recursion-wise caching of 2507.10524). state: first. Depth 1 writes S; at depth n > 1 token t reads S_t, as it was after
-t had been written. With several tokens in one call that takes each token twice, in turn: as it was at depth 1, to be
-written, and as it is now, only to read. A token alone reads the state that it has just left.
+t had been written. A token alone reads the state that it has just left. With several tokens in one call, a list of keys
+that holds them all is read again up to each (trait `rereads`); any other memory, and a list in which a document ends,
+takes each token twice, in turn: as it was at depth 1, to be written, and as it is now, only to read.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from postformer.block.depth.base import Depth
+from postformer.block.depth.base import Depth, there
 from postformer.block.depth.compaction import Flat, Rows, following
 from postformer.contract.context import Context, along_time, placed
 from postformer.contract.mixer import Out, Traits
@@ -116,9 +117,13 @@ class Applications:
 
     def _read(self, full: Tensor, h: Tensor, running: Tensor) -> Tensor:
         """state: first, at a later depth."""
-        ctx, none = self.ctx, h.new_zeros(h.shape[:2])
+        ctx, none, length = self.ctx, h.new_zeros(h.shape[:2]), h.shape[1]
         only = ctx.replace(tick=none, write=none, boundary=None, fresh=False)
-        if h.shape[1] == 1:
+        whole = ctx.write is None and (ctx.boundary is None or not bool(ctx.boundary.any()))
+        if length > 1 and whole and self.around.able.rereads:
+            kept = there(h, ctx).long()
+            only = only.replace(later=kept.sum(1, keepdim=True) - kept.cumsum(1), consume=False, room=False)
+        if length == 1 or only.later is not None:
             by = Rows(running, only, self.next[0])
             if by.empty:
                 return h.new_zeros(h.shape)
@@ -129,7 +134,7 @@ class Applications:
         def twice(field: Tensor | None, second: Tensor) -> Tensor:
             return torch.stack([torch.ones_like(second) if field is None else field, second], 2).flatten(1, 2)
 
-        position, length = ctx.position, h.shape[1]
+        position = ctx.position
         assert position is not None
         boundary = None if ctx.boundary is None else twice(ctx.boundary, torch.zeros_like(ctx.boundary))
         read = {name: value for name, value in ctx.shared.items() if name in self.around.needs}
