@@ -118,6 +118,23 @@ def test_steps_equal_whole():
         torch.testing.assert_close(attention(q[:, :, 7:], k, v, window=window), whole[:, :, 7:])
 
 
+@pytest.mark.parametrize("S", [3, 9])
+def test_a_list_that_holds_other_tokens_is_seen_by_position_alone(S):
+    """S less or more than T = 5, queries in no order, one of which sees nothing."""
+    q, k, v = draw(2, 4, 5, 4), draw(2, 2, S, 4, seed=1), draw(2, 2, S, 3, seed=2)
+    rng = torch.Generator().manual_seed(S)
+    keys, queries = (torch.randint(0, 9, (2, n), generator=rng) for n in (S, 5))
+    queries[0, 2] = -1
+    seen = queries[:, :, None] >= keys[:, None, :]
+    logits = (q @ k.repeat_interleave(2, 1).mT / 2).masked_fill(~seen[:, None], -1e300)
+    expected = (logits.softmax(-1) * seen[:, None]) @ v.repeat_interleave(2, 1)
+    for backend in ("auto", "reference"):
+        found = attention(q, k, v, key_position=keys, query_position=queries, own=False, backend=backend)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    with pytest.raises(ValueError, match="own=False needs key_position and query_position"):
+        attention(q, k, v, key_position=keys, own=False)
+
+
 def test_reference_counts_visible_keys_only():
     q, k, v = (draw(2, 4, 10, 8, seed=i) for i in range(3))
     with FlopCounterMode(display=False) as counter, use(backend="reference"):

@@ -171,6 +171,7 @@ class Attention(Mixer):
 
     def _again(self, x: Tensor, memory: Growing | Ring, ctx: Context) -> Tensor:
         """[B, T, Hq, d] read from a list that was written on after these tokens."""
+        assert isinstance(memory, Growing)
         assert ctx.later is not None
         assert ctx.position is not None
         batch, length = x.shape[:2]

@@ -68,6 +68,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "one": {"kind": "test-one"},
     "ff": {"kind": "swiglu", "dim_hidden": 24},
     "attention": {"kind": "attention", "heads": {"query": 2, "key_value": 1, "dim": 8}},
+    "list": {"kind": "attention", "position": "none", "heads": {"query": 2, "key_value": 1, "dim": 8}},
     "window": {"kind": "attention", "window": 5, "heads": {"query": 2, "dim": 8}},
     "conv": {"kind": "matrix", "loss": "l2", "features": "l2norm", "heads": {"value": 2}, "local": "conv4",
              "retention": {"per": "head", "gate": "mamba"}, "update": {"kind": "gradient", "rate": "sigmoid"}},

@@ -1,6 +1,7 @@
 """Loops and continuous depth against loops over tokens and depths, written out; what is lost, measured, saved."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,6 +107,61 @@ def by_hand(sub, x, most):
         rest = rest * (1 - halting)
         hs.append(h)
     return torch.stack(ps), torch.stack(hs)
+
+
+def test_attention_is_looped_over_the_first_applications_keys_by_loops(made):
+    """Whole and in pieces, with tokens that do not exist, with gradients (all run) and without (who halts does not)."""
+    x = made.tokens(2, T)
+    valid = torch.ones(2, T, dtype=torch.bool)
+    valid[0, 4], valid[1, -2:] = False, False
+    sub = spread(made.sublayer("list", {"kind": "loop", "most": 4, "state": "first"}, residual="none"))
+    m = sub.mixer
+    rows, depth = [], torch.zeros(2, T, dtype=torch.long)
+    for i in range(2):
+        keys, values, row = [], [], []
+        for t in range(T):
+            if not valid[i, t]:
+                row.append(torch.zeros(made.width).double())
+                continue
+            keys.append(m.k.weight @ sub.norm(x[i, t]))
+            values.append(m.v.weight @ sub.norm(x[i, t]))
+            h, rest = x[i, t], 1.0
+            for n in range(4):
+                u = sub.norm(h)
+                q = (m.q.weight @ u).view(2, 8)
+                h = m.out.weight @ ((q @ torch.stack(keys).T / 8**0.5).softmax(-1) @ torch.stack(values)).flatten()
+                rest = 0.0 if n == 3 else float((rest * (1 - torch.sigmoid(gate(sub, h)))).detach())
+                if rest <= 0.5:
+                    break
+            row.append(h)
+            depth[i, t] = n + 1
+        rows.append(torch.stack(row))
+    expected = torch.stack(rows)
+    assert len(depth.unique()) >= 4
+    whole = sub(x, None, None, CTX.replace(valid=valid))
+    assert (whole.y - expected).abs().max() < 1e-12
+    assert torch.equal(whole.published["depth"].long()[valid], depth[valid])
+    with torch.no_grad():
+        assert (sub(x, None, None, CTX.replace(valid=valid)).y - expected).abs().max() < 1e-12
+        state, parts = None, []
+        for a, b in ((0, 4), (4, 9), (9, T)):
+            out = sub(x[:, a:b], None, state, Context(valid=valid[:, a:b]))
+            state, parts = out.state, [*parts, out.y]
+        assert (torch.cat(parts, 1) - expected).abs().max() < 1e-12
+
+
+def test_reading_a_list_again_has_the_gradients_of_taking_each_token_twice(made):
+    x = made.tokens(2, T).requires_grad_()
+    found = []
+    for rereads in (True, False):
+        sub = spread(made.sublayer("attention", {"kind": "loop", "most": 3, "state": "first"}))
+        assert sub.depth.able.rereads
+        sub.depth.able = replace(sub.depth.able, rereads=rereads)
+        out = sub(x, None, None, CTX)
+        loss = (out.y * torch.arange(T)[:, None]).sum() + out.published["depth"].sum()
+        found.append([out.y, *torch.autograd.grad(loss, [x, *sub.parameters()])])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_the_expected_output_and_both_losses_by_their_formulas(made):
