@@ -195,6 +195,18 @@ def test_overrides_change_what_they_name_and_nothing_else():
     assert load("gated-deltanet").id == plain.id
 
 
+def test_sizes_of_a_recipe_have_names():
+    whole, tiny = load("palimpsest"), load("palimpsest-tiny")
+    assert (tiny.name, tiny.model.width, len(tiny.model.stack)) == ("palimpsest-tiny", 128, 8)
+    assert tiny.id == load("palimpsest", width=128, layers=8).id != whole.id
+    assert load("palimpsest-tiny", width=64).model.width == 64
+    assert "palimpsest-tiny" not in names()
+    with pytest.raises(DesignError, match=r"file 'palimpsest-12m'. Did you mean 'palimpsest-125m'\?"):
+        load("palimpsest-12m")
+    with pytest.raises(DesignError, match="file 'transformer-125m'"):
+        load("transformer-125m")
+
+
 def test_recipes_on_disk_are_named_after_their_files():
     for name in names():
         assert load(name).name == name

@@ -109,7 +109,7 @@ def convolve(here: Here, name: str, x: Tensor, weight: Tensor, bias: Tensor | No
     y = torch.zeros_like(x) if bias is None else bias
     for j in range(n):
         s = here.t - (n - 1) + j
-        if s >= 0:
+        if (name, s) in here.memory:
             y = y + weight[:, j] * here.memory[name, s]
     return y
 
@@ -188,8 +188,10 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 
 def prove(record: Callable[..., None], recipe: str, paper: str, model: torch.nn.Module,
-          loop: Callable[[Weights, Sequence[int]], Tensor], *, by: str = "token loop") -> None:
-    """Compare, and record what was measured."""
+          loop: Callable[[Weights, Sequence[int]], Tensor], *, by: str = "token loop",
+          call: Callable[[Tensor], Tensor] | None = None) -> None:
+    """Compare, and record what was measured. call: tokens [B, T] -> the model's logits, if they need more than tokens."""
+    call = call or (lambda tokens: model(tokens).logits)
     torch.set_num_threads(1)
     by = f"{by} from arXiv {paper}"
     draw = torch.Generator().manual_seed(2)
@@ -198,7 +200,7 @@ def prove(record: Callable[..., None], recipe: str, paper: str, model: torch.nn.
 
     short = torch.randint(VOCAB, (2, 29), generator=draw)
     w = Weights(copies)
-    ours, theirs = model(short).logits, torch.stack([loop(w, row.tolist()) for row in short])
+    ours, theirs = call(short), torch.stack([loop(w, row.tolist()) for row in short])
     assert theirs.detach().std() > 0.1
     record(recipe, by, "logits, 29 tokens", relative(ours, theirs), dtype="float64", tolerance=TOLERANCE)
     assert w.read == set(params), f"not in the loop: {sorted(set(params) - w.read)}"
@@ -217,5 +219,5 @@ def prove(record: Callable[..., None], recipe: str, paper: str, model: torch.nn.
 
     long = torch.randint(VOCAB, (1, 150), generator=draw)
     with torch.no_grad():
-        error = relative(model(long).logits[0], loop(w, long[0].tolist()))
+        error = relative(call(long)[0], loop(w, long[0].tolist()))
     record(recipe, by, "logits, 150 tokens", error, dtype="float64", tolerance=TOLERANCE)

@@ -17,12 +17,14 @@ def list_(json: Json = False) -> None:
     recipes = {}
     for name in names():
         raw = yaml.safe_load(files("postformer").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8"))
-        recipes[name] = {"paper": raw.get("paper"), "summary": raw.get("summary", "")}
+        recipes[name] = {"paper": raw.get("paper"), "summary": raw.get("summary", ""), "sizes": raw.get("sizes", {})}
     tasks = task_names()
     width = max(map(len, recipes))
     print("recipes")
     for name, about in recipes.items():
         print(f"  {name:<{width}}  {about['paper'] or '':<11} {about['summary']}")
+        if about["sizes"]:
+            print(f"  {'':<{width}}  {'':<11} also as {', '.join(f'{name}-{size}' for size in about['sizes'])}")
     print("\nkinds of mixers\n  " + ", ".join(kinds()))
     print("\ntasks\n  " + ", ".join(tasks))
     print("\ndata\n  stdlib, enwik8, or any file or directory")

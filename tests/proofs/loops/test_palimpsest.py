@@ -1,0 +1,165 @@
+"""Palimpsest as one loop over tokens: what each layer does is said here once more, without a word of the library.
+
+Three documents follow one another in each sequence. At the end of one everything is forgotten but what the Kalman
+memory keeps of itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from loops_plain import (
+    Here,
+    Weights,
+    model_of,
+    projected,
+    prove,
+    rms,
+    rms_norm,
+    sigmoid,
+    silu,
+    softplus,
+    swiglu,
+    unit,
+)
+from torch import Tensor
+
+from postformer.contract.context import DOCUMENT, Context
+
+D, H, DK, DV, DIM, MOST = 32, 2, 6, 10, 6, 4
+SIZES = [f"model.mixers.memories.levels.{i}.{of}.heads={{value: {H}, dim_key: {DK}, dim_value: {DV}}}"
+         for i, of in ((0, "of.of"), (1, "of"))]
+SIZES += [f"model.mixers.look.of.{i}.heads={{query: 4, key_value: 2, dim: {DIM}}}" for i in range(2)]
+NORM = rms_norm()
+
+
+def ends(length: int) -> set[int]:
+    """Before which tokens a document ends."""
+    return {length // 3, length // 3 + 7}
+
+
+def split(u: Tensor, size: int) -> list[Tensor]:
+    return list(u.split(size))
+
+
+def decay(w: Weights, x: Tensor) -> Tensor:
+    """exp(-exp(A) softplus(W x + b)), one for each head"""
+    step = softplus(w.map("params.decay.map", x) + w("params.decay.dt_bias"))
+    return torch.exp(-torch.exp(w("params.decay.A_log")) * step)
+
+
+def read(w: Weights, x: Tensor, heads: list[Tensor]) -> Tensor:
+    return w.map("out", torch.cat([rms(o, 1e-5) * w("norm.weight") for o in heads]) * silu(w.map("gate", x)))
+
+
+def kalman(w: Weights, x: Tensor, here: Here, kept: dict) -> Tensor:
+    """A Kalman filter (stationary process, full covariance) whose state starts from what was kept of the last ones:
+
+    K <- K + c (S_end - K), of the mean and of the covariance, with c = sigmoid(u . mean of the document's x + b)
+    """
+    m, out = w.at("of"), []
+    a, r, p_0 = decay(m, x), softplus(m.map("noise", x)) + 0.01, torch.exp(4 * torch.tanh(m("prior") / 4))
+    q, k, v = projected(m.at("params"), x, here, (H * DK, H * DK, H * DV))
+    eye = torch.eye(DK, dtype=x.dtype)
+    for h in range(H):
+        first = (p_0[h] * eye, torch.zeros(DV, DK, dtype=x.dtype))
+        if "begun" in here.memory and ("now", h) not in here.memory:
+            c = sigmoid(w.map("share", torch.stack(here.memory["begun"]).mean(0)))
+            old = kept.get(h, first)
+            kept[h] = tuple(u + c * (now - u) for u, now in zip(old, here.memory["ended", h]))
+        p, s = here.memory.get(("now", h), kept.get(h, first))
+        q_h, k_h = unit(split(q, DK)[h]) / DK**0.5, unit(split(k, DK)[h])
+        p, s = a[h] ** 2 * p + (1 - a[h] ** 2) * p_0[h] * eye, a[h] * s
+        gain = p @ k_h / (k_h @ p @ k_h + r[h])
+        p, s = p - torch.outer(gain, k_h @ p), s + torch.outer(split(v, DV)[h] - s @ k_h, gain)
+        here.memory["now", h] = (p, s)
+        out.append(s @ q_h)
+    here.memory["seen"] = [*here.memory.get("seen", []), x]
+    return read(m, x, out)
+
+
+def forget_kalman(memory: dict) -> dict:
+    """What is left when a document ends: its end state and its tokens, until the next token settles what is kept."""
+    return {"begun": memory["seen"], **{("ended", h): memory["now", h] for h in range(H)}}
+
+
+def two_steps(w: Weights, x: Tensor, here: Here) -> Tensor:
+    """S <- a S, then twice S <- S - b (S k - v) k^T with b in (0, 2): two reflections a token (2502.10297)."""
+    q, k, v = projected(w.at("params"), x, here, (H * DK, 2 * H * DK, 2 * H * DV))
+    a, b, out = decay(w, x), 2 * sigmoid(w.map("params.rate", x)), []
+    for h in range(H):
+        s = a[h] * here.memory.get(h, torch.zeros(DV, DK, dtype=x.dtype))
+        for j in (h, H + h):
+            k_j = unit(split(k, DK)[j])
+            s = s - b[j] * torch.outer(s @ k_j - split(v, DV)[j], k_j)
+        here.memory[h] = s
+        out.append(s @ unit(split(q, DK)[h]) / DK**0.5)
+    return read(w, x, out)
+
+
+def attention(w: Weights, x: Tensor, memory: dict, t: int, writes: bool, *, turning: bool) -> Tensor:
+    """With positions (2104.09864) or without them and normed; a gate on every channel (2505.06708)."""
+    def made(u: Tensor, norm: str) -> list[Tensor]:
+        if not turning:
+            return [rms(part, 1e-6) * w(f"{norm}.weight") for part in split(u, DIM)]
+        theta = 10000.0 ** (-2 * torch.arange(DIM // 2, dtype=x.dtype) / DIM)
+        return [torch.complex(part[: DIM // 2], part[DIM // 2 :]) * torch.exp(1j * t * theta) for part in split(u, DIM)]
+
+    if writes:
+        memory[t] = (made(w.map("k", x), "k_norm"), split(w.map("v", x), DIM))
+    out = []
+    for h, q in enumerate(made(w.map("q", x), "q_norm")):
+        keys, values = zip(*((k[h // 2], v[h // 2]) for k, v in memory.values()))
+        weight = torch.exp(torch.stack([(q * k.conj()).sum().real for k in keys]) / DIM**0.5)
+        out.append(weight @ torch.stack(values) / weight.sum())
+    return w.map("out", torch.cat(out) * sigmoid(w.map("gate", x)))
+
+
+def think(block: Weights, gate: Weights, x: Tensor, memory: dict, t: int) -> Tensor:
+    """The block again and again until the token halts; its keys and values are those of the first time.
+
+    Backward goes through the mean over all steps (2107.05407), forward is the step at which half has halted.
+    """
+    h, rest, mean, chosen = x, torch.ones((), dtype=x.dtype), torch.zeros_like(x), None
+    for n in range(MOST):
+        u = NORM(block.at("sublayers.0.norm"), h)
+        look = block.at("sublayers.0.mixer.of")
+        h = h + sum(attention(look.at(str(i)), u, memory.setdefault(i, {}), t, n == 0, turning=i == 1) for i in range(2))
+        h = h + swiglu(block.at("sublayers.1.mixer"), NORM(block.at("sublayers.1.norm"), h), None)  # type: ignore[arg-type]
+        halts = sigmoid(gate.map("gate", h))[0] if n + 1 < MOST else torch.ones((), dtype=x.dtype)
+        mean, rest = mean + rest * halts * h, rest * (1 - halts)
+        if chosen is None and rest <= 0.5:
+            chosen = h
+    assert chosen is not None
+    return chosen.detach() + mean - mean.detach()
+
+
+def loop(w: Weights, tokens: Sequence[int]) -> Tensor:
+    """Logits [T, vocab]"""
+    memories: dict[str, dict] = {"kalman": {}, "two steps": {}, "list": {}}
+    kept: dict = {}
+    remember, thinks = w.at("stack.layers.0"), w.at("stack.layers.1.sublayers.0.depth")
+    rows = []
+    for t, token in enumerate(tokens):
+        if t in ends(len(tokens)):
+            memories = {"kalman": forget_kalman(memories["kalman"]), "two steps": {}, "list": {}}
+        x = w("embedding.weight")[token]
+        u, levels = NORM(remember.at("sublayers.0.norm"), x), remember.at("sublayers.0.mixer.levels")
+        x = x + kalman(levels.at("0"), u, Here(t, 0, memories["kalman"]), kept) \
+            + two_steps(levels.at("1"), u, Here(t, 0, memories["two steps"]))
+        x = x + swiglu(remember.at("sublayers.1.mixer"), NORM(remember.at("sublayers.1.norm"), x), None)  # type: ignore[arg-type]
+        x = think(w.at("stack.shared.hop-0"), thinks, x, memories["list"], t)
+        rows.append(w("embedding.weight") @ NORM(w.at("stack.norm"), x))
+    return torch.stack(rows)
+
+
+def test_palimpsest(record_proof):
+    model = model_of("palimpsest", SIZES)
+
+    def call(tokens: Tensor) -> Tensor:
+        boundary = torch.zeros(tokens.shape, dtype=torch.int8)
+        boundary[:, sorted(ends(tokens.shape[1]))] = DOCUMENT
+        return model(tokens, ctx=Context(boundary=boundary)).logits
+
+    prove(record_proof, "palimpsest", "2511.21016, 2502.10297, 2107.05407 (three documents)", model, loop, call=call)
