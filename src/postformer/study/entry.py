@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from postformer.design import DesignError, Recipe, load
+from postformer.design import DesignError, Recipe, load, registry
 from postformer.design.base import nearest
 from postformer.design.loading import narrow_heads
 from postformer.task import Setting, Task
@@ -99,15 +99,16 @@ class Entry(_Data):
 
 
 def _without_local(recipe: Recipe) -> list[str]:
-    """Overrides that take away local mixing from every mixer that can be without."""
+    """Overrides that take away local mixing from every mixer, nested ones included, that can be without."""
     found = []
     for name, mixer in recipe.model.mixers.items():
-        if "local" in type(mixer).model_fields:
-            try:
-                load(recipe, [change := f"model.mixers.{name}.local=none"])
-            except DesignError:
-                continue
-            found.append(change)
+        for where, inner in [(name, mixer), *registry.inside(mixer, name)]:
+            if "local" in type(inner).model_fields:
+                try:
+                    load(recipe, [change := f"model.mixers.{where}.local=none"])
+                except DesignError:
+                    continue
+                found.append(change)
     return found
 
 

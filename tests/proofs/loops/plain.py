@@ -190,7 +190,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 def prove(record: Callable[..., None], recipe: str, paper: str, model: torch.nn.Module,
           loop: Callable[[Weights, Sequence[int]], Tensor], *, by: str = "token loop",
           call: Callable[[Tensor], Tensor] | None = None) -> None:
-    """Compare, and record what was measured. call: tokens [B, T] -> the model's logits, if they need more than tokens."""
+    """Compare, and record what was measured. call: tokens [B, T] -> the model's logits, where tokens are not enough."""
     call = call or (lambda tokens: model(tokens).logits)
     torch.set_num_threads(1)
     by = f"{by} from arXiv {paper}"

@@ -32,6 +32,8 @@ SIZES = [f"model.mixers.memories.levels.{i}.{of}.heads={{value: {H}, dim_key: {D
          for i, of in ((0, "of.of"), (1, "of"))]
 SIZES += [f"model.mixers.look.of.{i}.heads={{query: 4, key_value: 2, dim: {DIM}}}" for i in range(2)]
 NORM = rms_norm()
+HERE = Here(0, 0, {})
+"""Where a feed-forward runs: nowhere in particular"""
 
 
 def ends(length: int) -> set[int]:
@@ -124,9 +126,10 @@ def think(block: Weights, gate: Weights, x: Tensor, memory: dict, t: int) -> Ten
     h, rest, mean, chosen = x, torch.ones((), dtype=x.dtype), torch.zeros_like(x), None
     for n in range(MOST):
         u = NORM(block.at("sublayers.0.norm"), h)
-        look = block.at("sublayers.0.mixer.of")
-        h = h + sum(attention(look.at(str(i)), u, memory.setdefault(i, {}), t, n == 0, turning=i == 1) for i in range(2))
-        h = h + swiglu(block.at("sublayers.1.mixer"), NORM(block.at("sublayers.1.norm"), h), None)  # type: ignore[arg-type]
+        for i in range(2):
+            heads = block.at(f"sublayers.0.mixer.of.{i}")
+            h = h + attention(heads, u, memory.setdefault(i, {}), t, n == 0, turning=i == 1)
+        h = h + swiglu(block.at("sublayers.1.mixer"), NORM(block.at("sublayers.1.norm"), h), HERE)
         halts = sigmoid(gate.map("gate", h))[0] if n + 1 < MOST else torch.ones((), dtype=x.dtype)
         mean, rest = mean + rest * halts * h, rest * (1 - halts)
         if chosen is None and rest <= 0.5:
@@ -148,7 +151,7 @@ def loop(w: Weights, tokens: Sequence[int]) -> Tensor:
         u, levels = NORM(remember.at("sublayers.0.norm"), x), remember.at("sublayers.0.mixer.levels")
         x = x + kalman(levels.at("0"), u, Here(t, 0, memories["kalman"]), kept) \
             + two_steps(levels.at("1"), u, Here(t, 0, memories["two steps"]))
-        x = x + swiglu(remember.at("sublayers.1.mixer"), NORM(remember.at("sublayers.1.norm"), x), None)  # type: ignore[arg-type]
+        x = x + swiglu(remember.at("sublayers.1.mixer"), NORM(remember.at("sublayers.1.norm"), x), HERE)
         x = think(w.at("stack.shared.hop-0"), thinks, x, memories["list"], t)
         rows.append(w("embedding.weight") @ NORM(w.at("stack.norm"), x))
     return torch.stack(rows)
