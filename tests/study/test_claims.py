@@ -355,6 +355,17 @@ def test_density(sparse, dense, verdict):
     assert "From 64x12 to 64x24" in found.reason
 
 
+def test_density_asks_each_model_against_itself():
+    """Seeds far apart, each worse where more matters: their ranges overlap, and yet all fall."""
+    scores = {"mamba2": {(64, 12): [0.9, 0.7, 0.6], (64, 24): [0.8, 0.65, 0.3]}}
+    few_many = {(64, 12): True, (64, 24): True}
+    assert judged(trained.density, made("aggregate-count", few_many, scores)).verdict == "holds"
+    scores["mamba2"][64, 24][1] = 0.71
+    assert judged(trained.density, made("aggregate-count", few_many, scores)).verdict == "does not hold"
+    scores["mamba2"][64, 24][0] = 0.95
+    assert judged(trained.density, made("aggregate-count", few_many, scores)).verdict == "does not hold"
+
+
 def test_density_needs_one_length_twice():
     results = counted((0.9, 0.8), (0.6, 0.5))
     results["tasks"][0]["settings"] = results["tasks"][0]["settings"][:2]

@@ -30,6 +30,11 @@ class Score:
         worst, best = min(self.sign * v for v in self.values), max(other.sign * v for v in other.values)
         return self.enough and other.enough and worst > best
 
+    def beats_itself(self, other: Score) -> bool:
+        """Whether every trained model is better here than the same model is at another setting."""
+        pairs = zip(self.values, other.values, strict=True)
+        return self.enough and all(self.sign * here > self.sign * there for here, there in pairs)
+
 
 class Results:
     """The dict of a gauntlet's results, or None.

@@ -284,8 +284,8 @@ def density(results: Results, quick: bool) -> Claim:
     pairs = [pair for pair in pairs if results.learned(pair[0], task, few)]
     if not pairs:
         return Claim(**about, verdict="undecided", reason=f"No design has learned {few}.")
-    falls = [a.design for a, b in pairs if a.beats(b)]
-    rises = [a.design for a, b in pairs if b.beats(a)]
+    falls = [a.design for a, b in pairs if a.beats_itself(b)]
+    rises = [a.design for a, b in pairs if b.beats_itself(a)]
     said = f"From {few} to {most}: {', '.join(f'{a.design} {a.mean:.3f} to {b.mean:.3f}' for a, b in pairs)}."
     if not all(s.enough for pair in pairs for s in pair):
         verdict: Verdict = "undecided"
