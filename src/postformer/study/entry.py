@@ -18,7 +18,7 @@ from postformer.design.loading import narrow_heads
 from postformer.task import Setting, Task
 from postformer.task import load as load_task
 
-TIERS = ("sprint", "recall", "standard", "paper")
+TIERS = ("sprint", "recall", "palimpsest", "standard", "paper")
 MOST_LAYERS = 24
 
 
