@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from loops_plain import (
     Here,
@@ -100,8 +101,9 @@ def two_steps(w: Weights, x: Tensor, here: Here) -> Tensor:
     return read(w, x, out)
 
 
-def attention(w: Weights, x: Tensor, memory: dict, t: int, writes: bool, *, turning: bool) -> Tensor:
-    """With positions (2104.09864) or without them and normed; a gate on every channel (2505.06708)."""
+def attention(w: Weights, x: Tensor, memory: dict, t: int, writes: bool, *, turning: bool, window: int) -> Tensor:
+    """To the last `window` tokens, with positions (2104.09864) or without them and normed; a gate on every channel
+    (2505.06708)."""
     def made(u: Tensor, norm: str) -> list[Tensor]:
         if not turning:
             return [rms(part, 1e-6) * w(f"{norm}.weight") for part in split(u, DIM)]
@@ -112,13 +114,13 @@ def attention(w: Weights, x: Tensor, memory: dict, t: int, writes: bool, *, turn
         memory[t] = (made(w.map("k", x), "k_norm"), split(w.map("v", x), DIM))
     out = []
     for h, q in enumerate(made(w.map("q", x), "q_norm")):
-        keys, values = zip(*((k[h // 2], v[h // 2]) for k, v in memory.values()))
+        keys, values = zip(*((k[h // 2], v[h // 2]) for s, (k, v) in memory.items() if s > t - window))
         weight = torch.exp(torch.stack([(q * k.conj()).sum().real for k in keys]) / DIM**0.5)
         out.append(weight @ torch.stack(values) / weight.sum())
     return w.map("out", torch.cat(out) * sigmoid(w.map("gate", x)))
 
 
-def think(block: Weights, gate: Weights, x: Tensor, memory: dict, t: int) -> Tensor:
+def think(block: Weights, gate: Weights, x: Tensor, memory: dict, t: int, window: int) -> Tensor:
     """The block again and again until the token halts; its keys and values are those of the first time.
 
     Backward goes through the mean over all steps (2107.05407), forward is the step at which half has halted.
@@ -128,7 +130,7 @@ def think(block: Weights, gate: Weights, x: Tensor, memory: dict, t: int) -> Ten
         u = NORM(block.at("sublayers.0.norm"), h)
         for i in range(2):
             heads = block.at(f"sublayers.0.mixer.of.{i}")
-            h = h + attention(heads, u, memory.setdefault(i, {}), t, n == 0, turning=i == 1)
+            h = h + attention(heads, u, memory.setdefault(i, {}), t, n == 0, turning=i == 1, window=window)
         h = h + swiglu(block.at("sublayers.1.mixer"), NORM(block.at("sublayers.1.norm"), h), HERE)
         halts = sigmoid(gate.map("gate", h))[0] if n + 1 < MOST else torch.ones((), dtype=x.dtype)
         mean, rest = mean + rest * halts * h, rest * (1 - halts)
@@ -138,7 +140,7 @@ def think(block: Weights, gate: Weights, x: Tensor, memory: dict, t: int) -> Ten
     return chosen.detach() + mean - mean.detach()
 
 
-def loop(w: Weights, tokens: Sequence[int]) -> Tensor:
+def loop(w: Weights, tokens: Sequence[int], window: int) -> Tensor:
     """Logits [T, vocab]"""
     memories: dict[str, dict] = {"kalman": {}, "two steps": {}, "list": {}}
     kept: dict = {}
@@ -152,17 +154,20 @@ def loop(w: Weights, tokens: Sequence[int]) -> Tensor:
         x = x + kalman(levels.at("0"), u, Here(t, 0, memories["kalman"]), kept) \
             + two_steps(levels.at("1"), u, Here(t, 0, memories["two steps"]))
         x = x + swiglu(remember.at("sublayers.1.mixer"), NORM(remember.at("sublayers.1.norm"), x), HERE)
-        x = think(w.at("stack.shared.hop-0"), thinks, x, memories["list"], t)
+        x = think(w.at("stack.shared.hop-0"), thinks, x, memories["list"], t, window)
         rows.append(w("embedding.weight") @ NORM(w.at("stack.norm"), x))
     return torch.stack(rows)
 
 
-def test_palimpsest(record_proof):
-    model = model_of("palimpsest", SIZES)
+@pytest.mark.parametrize(("recipe", "window"), [("palimpsest", 10**6), ("palimpsest-windowed", 9)])
+def test_palimpsest(record_proof, recipe, window):
+    narrow = [f"model.mixers.look.of.{i}.window={window}" for i in range(2)] if "windowed" in recipe else []
+    model = model_of(recipe, SIZES + narrow)
 
     def call(tokens: Tensor) -> Tensor:
         boundary = torch.zeros(tokens.shape, dtype=torch.int8)
         boundary[:, sorted(ends(tokens.shape[1]))] = DOCUMENT
         return model(tokens, ctx=Context(boundary=boundary)).logits
 
-    prove(record_proof, "palimpsest", "2511.21016, 2502.10297, 2107.05407 (three documents)", model, loop, call=call)
+    prove(record_proof, recipe, "2511.21016, 2502.10297, 2107.05407 (three documents)", model,
+          lambda w, tokens: loop(w, tokens, window), call=call)

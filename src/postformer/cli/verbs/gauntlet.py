@@ -13,7 +13,7 @@ from postformer.cli.console import Json, Quiet, finish
 def gauntlet(
     recipes: Annotated[list[str] | None, typer.Argument(
         help="[LABEL=]RECIPE[@PATH=VALUE;...], names or files; the first is the measure for --match.")] = None,
-    tier: Annotated[str, typer.Option(help="sprint, recall, standard or paper.")] = "sprint",
+    tier: Annotated[str, typer.Option(help="sprint, recall, palimpsest, standard or paper.")] = "sprint",
     tasks: Annotated[str | None, typer.Option(help="Only these, by name, with commas between.")] = None,
     match: Annotated[str | None, typer.Option(help="Make designs equal in params, flops or state.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Trials that count, per design and task.")] = 3,
