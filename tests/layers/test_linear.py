@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from postformer.contract.context import DOCUMENT, Context
 from postformer.design import load, names
 from postformer.design.linear import Dense, Lora, Ternary
 from postformer.kernels import use
@@ -151,8 +152,9 @@ def test_every_map_of_every_mixer_is_reached(name, kind, cls):
     called: set[str] = set()
     for path, module in maps.items():
         module.register_forward_hook(lambda *_, path=path: called.add(path))
+    two = torch.zeros(2, 40, dtype=torch.int8).index_fill(1, torch.tensor([25]), DOCUMENT)
     with torch.no_grad():
-        model(torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0)))
+        model(torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0)), ctx=Context(boundary=two))
     assert called == set(maps)
 
 
