@@ -47,13 +47,13 @@ def load(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
     overrides: "path.to.field=value" (value in YAML); lists by index. width, layers: scale the design to that many
     channels and layers, keeping head sizes and the pattern. Raises DesignError.
     """
-    file, text = "", ""
+    file, text, size = "", "", ""
     if isinstance(recipe, Recipe):
         raw: Any = recipe.said()
     elif isinstance(recipe, dict):
         raw = copy.deepcopy(recipe)
     else:
-        file, text = _read(recipe)
+        file, text, size = _read(recipe)
         try:
             raw = yaml.load(text, _Strict)
         except yaml.YAMLError as e:
@@ -62,8 +62,9 @@ def load(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
                               line=mark.line + 1 if mark else None) from None
     if not isinstance(raw, dict) or "model" not in raw:
         raise DesignError("a recipe is a mapping with at least 'name' and 'model'", file=file)
-    if isinstance(recipe, str) and (size := _size(recipe)) is not None:
-        raw, width, layers = {**raw, "name": recipe}, width or size["width"], layers or size["layers"]
+    if size:
+        found = raw["sizes"][size]
+        raw, width, layers = {**raw, "name": recipe}, width or found["width"], layers or found["layers"]
     try:
         result = _validated(raw, layers)
         if width is not None and width != result.model.width:
@@ -84,33 +85,33 @@ def load(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
     return result
 
 
-def _read(recipe: str | Path) -> tuple[str, str]:
+def _read(recipe: str | Path) -> tuple[str, str, str]:
+    """(file, text, the size that the name ends in, if any)"""
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml") or path.exists():
         try:
-            return str(path), path.read_text(encoding="utf-8")
+            return str(path), path.read_text(encoding="utf-8"), ""
         except OSError as e:
             raise DesignError(f"cannot read the recipe: {e.strerror or e}. `postformer list` shows what ships.",
                               file=str(path)) from None
-    name = str(recipe)
-    if name not in names() and _size(name) is not None:
-        name = name.rpartition("-")[0]
-    if name in names():
-        return f"{name}.yaml", files("postformer").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
-    known = [*names(), *(f"{base}-{size}" for base in names() for size in sizes(base))]
-    raise DesignError(f"no recipe or file '{recipe}'.{nearest(name, known)}")
-
-
-def sizes(name: str) -> dict[str, dict[str, int]]:
-    """The named sizes of a shipped recipe, each {"width": ..., "layers": ...}."""
-    text = files("postformer").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(text).get("sizes", {}) if "\nsizes:" in text else {}
-
-
-def _size(name: str) -> dict[str, int] | None:
-    """The size that a name means, as in "palimpsest-125m"; None for a plain name."""
+    name, known = str(recipe), names()
+    if name in known:
+        return f"{name}.yaml", shipped(name), ""
     base, _, size = name.rpartition("-")
-    return sizes(base).get(size) if base in names() and name not in names() else None
+    if base in known and size in _sizes(base):
+        return f"{base}.yaml", shipped(base), size
+    sized = [f"{base}-{size}" for base in known for size in _sizes(base)]
+    raise DesignError(f"no recipe or file '{recipe}'.{nearest(name, [*known, *sized])}")
+
+
+def shipped(name: str) -> str:
+    """The text of a recipe that ships with postformer."""
+    return files("postformer").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _sizes(name: str) -> list[str]:
+    """The names of a shipped recipe's sizes."""
+    return list(yaml.safe_load(shipped(name)).get("sizes", {}))
 
 
 def _validated(raw: dict[str, Any], layers: int | None) -> Recipe:

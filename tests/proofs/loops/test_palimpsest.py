@@ -28,7 +28,7 @@ from torch import Tensor
 
 from postformer.contract.context import DOCUMENT, Context
 
-D, H, DK, DV, DIM, MOST = 32, 2, 6, 10, 6, 4
+H, DK, DV, DIM, MOST = 2, 6, 10, 6, 4
 SIZES = [f"model.mixers.memories.levels.{i}.{of}.heads={{value: {H}, dim_key: {DK}, dim_value: {DV}}}"
          for i, of in ((0, "of.of"), (1, "of"))]
 SIZES += [f"model.mixers.look.of.{i}.heads={{query: 4, key_value: 2, dim: {DIM}}}" for i in range(2)]

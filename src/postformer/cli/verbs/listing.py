@@ -7,16 +7,15 @@ from postformer.cli.console import Json, finish
 
 def list_(json: Json = False) -> None:
     """Show the recipes that ship with postformer, and the kinds and tasks known here."""
-    from importlib.resources import files
-
     import yaml
 
     from postformer.design import kinds, names
+    from postformer.design.loading import shipped
     from postformer.task import names as task_names
 
     recipes = {}
     for name in names():
-        raw = yaml.safe_load(files("postformer").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8"))
+        raw = yaml.safe_load(shipped(name))
         recipes[name] = {"paper": raw.get("paper"), "summary": raw.get("summary", ""), "sizes": raw.get("sizes", {})}
     tasks = task_names()
     width = max(map(len, recipes))
