@@ -148,8 +148,8 @@ CLAIMS = """# Three claims, tried
 Claims of the literature that need trained models, at sizes that a laptop trains: two layers, some tens of thousands of
 parameters, which are matched as far as widths allow (qwen3-next has up to a third less or a fifth more than the
 Transformer). Learning rates are swept on the validation split, three seeds count, the test split was read once.
-The ledger is `benchmarks/claims.jsonl`; `python benchmarks/studies.py claims` makes this page and the full report, which
-says what the test of a claim is.
+The ledger is `benchmarks/claims.jsonl`; `python benchmarks/studies.py claims` makes this page and the full report,
+which says what the test of a claim is.
 
 {sections}
 ## What it shows
