@@ -1,6 +1,5 @@
 """Every shipped recipe keeps the contract, within six seconds."""
 
-import os
 import time
 
 import pytest
@@ -10,7 +9,21 @@ from postformer.design import load, names
 from postformer.verify import verify
 from postformer.verify.subject import reduced
 
-SECONDS = 6 * float(os.environ.get("POSTFORMER_TEST_SLACK", "1"))
+SECONDS = 6.0
+QUIET = 0.0285
+"""Seconds that `_work` took, at best, on the idle machine that the six seconds were asked of"""
+
+
+def _work() -> float:
+    """Processor seconds of ten thousand small operations, at best: how fast this machine is at present."""
+    x, w = torch.full((2, 8, 32), 0.5, dtype=torch.float64), torch.full((32, 32), 1 / 32, dtype=torch.float64)
+    spent = []
+    for _ in range(5):
+        start, y = time.process_time(), x
+        for _ in range(5000):
+            y = torch.nn.functional.silu(y @ w) + x
+        spent.append(time.process_time() - start)
+    return min(spent)
 
 
 @pytest.mark.parametrize("name", names())
@@ -22,10 +35,12 @@ def test_recipe_passes_in_six_seconds(name):
                              "the design declares gradients that are no derivatives"}
     spent = [found.seconds]
     while min(spent) > SECONDS and len(spent) < 4:
-        # The machine may be shared: more tries count only the time in which it worked for this process.
+        # The machine may be shared, or slower: more tries count only the time in which it worked for this process,
+        # against what work of the same kind takes beside it.
+        slower = max(1.0, _work() / QUIET)
         start = time.process_time()
         verify(name)
-        spent.append(time.process_time() - start)
+        spent.append((time.process_time() - start) / slower)
     assert min(spent) <= SECONDS
 
 
