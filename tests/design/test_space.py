@@ -81,7 +81,7 @@ ATTENTION = st.fixed_dictionaries(
     {"kind": st.just("attention"), "heads": one({"query": 2}, {"query": 4, "key_value": 2},
                                                 {"query": 3, "key_value": 2})},
     optional={"window": one(1, 5), "position": one("none", "rope"), "qk_norm": one("rms"), "gate": one("sigmoid"),
-              "persistent": one(3), "rope_fraction": one(0.5)})
+              "persistent": one(3), "rope_fraction": one(0.5), "softmax": one("scalable")})
 LEAF = st.one_of(MATRIX, DEEP, FILTER, VECTOR, CELL, ATTENTION)
 COMPOSITE = st.one_of(
     st.fixed_dictionaries({"kind": st.just("chain"), "of": st.lists(LEAF, min_size=1, max_size=2)}),

@@ -1,5 +1,7 @@
 """The state of attention: a list that grows, a ring that does not, given away or kept."""
 
+import math
+
 import pytest
 import torch
 
@@ -112,6 +114,36 @@ def test_a_mixer_alone_counts_its_positions():
     out = mixer(torch.ones(1, 4, 32))
     assert out.state.next.tolist() == [4]
     assert states.size(out.state) == 4 * 2 * mixer.kv_heads * mixer.dim * 4 + 16
+
+
+@pytest.mark.parametrize("more", [{}, {"window": 6}, {"persistent": 3, "position": "none"}],
+                         ids=["full", "window", "persistent"])
+def test_scalable_softmax_keeps_the_contract(more):
+    mixer = {"kind": "attention", "softmax": "scalable", **more}
+    found = verify({"name": "s", "model": {"width": 32, "mixers": {"a": mixer}, "stack": ["a", "a"]}})
+    assert [(r.name, r.note) for r in found.results if r.passed is False] == []
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_scalable_softmax_multiplies_logits_by_the_logarithm_of_what_is_seen(causal):
+    data = {"name": "s", "model": {"width": 32, "mixers": {"a": {
+        "kind": "attention", "softmax": "scalable", "position": "none", "heads": {"query": 2}}}, "stack": ["a"]}}
+    mixer = build(load(data).model).stack.layers[0].sublayers[0].mixer.double()
+    with torch.no_grad():
+        mixer.sharpness.copy_(torch.tensor([0.4, 1.3]))
+        boundary = torch.zeros(1, 9, dtype=torch.int8)
+        boundary[0, 4] = DOCUMENT
+        x = torch.randn(1, 9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        found = mixer(x, None, Context(boundary=boundary, causal=causal)).y[0]
+        q, k, v = (m(x[0]).view(9, 2, 16) for m in (mixer.q, mixer.k, mixer.v))
+        rows = []
+        for t in range(9):
+            first, end = (0, 4) if t < 4 else (4, 9)
+            keys = slice(first, t + 1 if causal else end)
+            n = keys.stop - keys.start
+            logits = torch.einsum("hd,shd->hs", q[t], k[keys]) / 4 * mixer.sharpness[:, None] * math.log(n)
+            rows.append(torch.einsum("hs,shd->hd", logits.softmax(-1), v[keys]).flatten())
+        assert (mixer.out(torch.stack(rows)) - found).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("more", [{"window": 6}, {"heads": {"query": 4, "key_value": 2}, "qk_norm": "rms"}],

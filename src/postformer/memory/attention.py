@@ -2,6 +2,8 @@
 
     o_t = sum_i softmax_i(q_t . k_i / sqrt(d)) v_i      over i <= t of the same document, or the last `window` tokens
 
+With `softmax: scalable` q_t is multiplied by s_h ln(n_t), n_t the tokens that it sees and s_h learned per head, so that
+attention does not flatten as the context grows (2501.19399).
 With `persistent: N` every query also sees N learned pairs of key and value without a place (2501.00663, section 3.3).
 The state is the key-value list (grows with the context), or with a window a ring of the last `window` entries.
 Limits: a list holds a token or it does not, so a token is kept whole where its write gate is above zero; tick has no
@@ -64,6 +66,8 @@ class AttentionDesign(Design):
     rope_fraction: float = Field(default=1.0, gt=0, le=1)
     """Share of a head's channels that is rotated"""
     qk_norm: Literal["none", "rms", "zero-centred-rms"] = "none"
+    softmax: Literal["plain", "scalable"] = "plain"
+    """scalable: logits grow with the logarithm of the number of tokens seen (2501.19399)"""
     gate: Literal["none", "sigmoid"] = "none"
     """A gate on every output channel, computed from x (2505.06708)"""
     persistent: int = Field(default=0, ge=0)
@@ -119,6 +123,8 @@ class Attention(Mixer):
         self.persistent = (site.parameter("persistent", (2, self.kv_heads, design.persistent, self.dim),
                                           lambda p: p.normal_(0, 3**-0.5)) if design.persistent else None)
         self.sub_norm = RMSNorm(inner, design.eps) if design.sub_norm == "rms" else nn.Identity()
+        self.sharpness = (site.parameter("sharpness", (self.query_heads,), lambda p: p.fill_(0.43))
+                          if design.softmax == "scalable" else None)
         self.rotated = int(self.dim * design.rope_fraction) // 2 * 2
         if design.qk_norm != "none":
             zero = design.qk_norm == "zero-centred-rms"
@@ -150,6 +156,8 @@ class Attention(Mixer):
         if self.design.position == "rope":
             turn = angles(position, self.rotated, q.dtype, self.design.rope_base)
             q, k = rotary(q, turn), rotary(k, turn)
+        if self.sharpness is not None:
+            q = self._sharpened(q, tokens_seen(memory, ctx, length), ctx.causal)
         new = torch.stack([k.transpose(1, 2), v], 2)
         if (ctx.room and ctx.consume and length == 1 and segments is None and written(ctx) is None
                 and self.persistent is None and memory.data.dtype == q.dtype):
@@ -169,6 +177,13 @@ class Attention(Mixer):
             o = o * torch.sigmoid(self.gate(x))
         return self.out(self.sub_norm(o))
 
+    def _sharpened(self, q: Tensor, seen: Tensor, causal: bool = True) -> Tensor:
+        """Queries [B, Hq, T, d] that see [B, T] tokens, for a softmax that stays as sharp over many as over few."""
+        assert self.sharpness is not None
+        width = self.design.window
+        seen = seen.clamp(1, width and (width if causal else 2 * width - 1)) + self.design.persistent
+        return q * (self.sharpness.to(q.dtype)[:, None, None] * torch.log(seen.to(q.dtype))[:, None, :, None])
+
     def _again(self, x: Tensor, memory: Growing | Ring, ctx: Context) -> Tensor:
         """[B, T, Hq, d] read from a list that was written on after these tokens."""
         assert isinstance(memory, Growing)
@@ -180,6 +195,8 @@ class Attention(Mixer):
             q = rotary(q, angles(ctx.position, self.rotated, q.dtype, self.design.rope_base))
         k, v = memory.data[:, : int(memory.length.max())].to(q.dtype).permute(2, 0, 3, 1, 4)
         last = memory.length[:, None] - 1 - ctx.later
+        if self.sharpness is not None:
+            q = self._sharpened(q, last + 1)
         used = k.shape[2]
         if used >= length and bool((last == torch.arange(used - length, used, device=q.device)).all()):
             return attention(q, k, v).transpose(1, 2)
@@ -248,7 +265,7 @@ class Attention(Mixer):
         bytes_per_token = 2 * kv * dim * 4
         return total + Cost(
             params=(0 if design.qk_norm == "none" else 2 * dim) + 2 * kv * design.persistent * dim
-            + (heads * dim if design.sub_norm == "rms" else 0),
+            + (heads * dim if design.sub_norm == "rms" else 0) + (heads if design.softmax == "scalable" else 0),
             flops_per_token=4.0 * heads * dim * design.persistent,
             flops_per_key=((4.0 * heads * dim, design.window),),
             state=16 if design.window is None else design.window * (bytes_per_token + 8) + 16,
@@ -262,6 +279,19 @@ def written(ctx: Context) -> Tensor | None:
     if ctx.valid is None:
         return write
     return ctx.valid if write is None else ctx.valid & write
+
+
+def tokens_seen(memory: Growing | Ring, ctx: Context, length: int) -> Tensor:
+    """[B, T] int64: tokens of its document that each token may see, itself included where it is kept."""
+    before, segments, kept = memory.length if isinstance(memory, Growing) else memory.count, ctx.segments(), written(ctx)
+    new = torch.ones(len(before), length, dtype=torch.long, device=before.device) if kept is None else kept.long()
+    total = new.cumsum(1)
+    if segments is None:
+        return before[:, None] + (total if ctx.causal else total[:, -1:].expand_as(total))
+    earlier = (total - new).gather(1, torch.searchsorted(segments, segments))
+    if not ctx.causal:
+        total = total.gather(1, torch.searchsorted(segments, segments, right=True) - 1)
+    return total - earlier + before[:, None] * (segments == 0)
 
 
 def one_token(q: Tensor, new: Tensor, memory: Growing | Ring, position: Tensor) -> tuple[Tensor, Growing | Ring]:
