@@ -283,7 +283,8 @@ def written(ctx: Context) -> Tensor | None:
 
 def tokens_seen(memory: Growing | Ring, ctx: Context, length: int) -> Tensor:
     """[B, T] int64: tokens of its document that each token may see, itself included where it is kept."""
-    before, segments, kept = memory.length if isinstance(memory, Growing) else memory.count, ctx.segments(), written(ctx)
+    before = memory.length if isinstance(memory, Growing) else memory.count
+    segments, kept = ctx.segments(), written(ctx)
     new = torch.ones(len(before), length, dtype=torch.long, device=before.device) if kept is None else kept.long()
     total = new.cumsum(1)
     if segments is None:
