@@ -6,6 +6,7 @@ memory keeps of itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -102,8 +103,8 @@ def two_steps(w: Weights, x: Tensor, here: Here) -> Tensor:
 
 
 def attention(w: Weights, x: Tensor, memory: dict, t: int, writes: bool, *, turning: bool, window: int) -> Tensor:
-    """To the last `window` tokens, with positions (2104.09864) or without them and normed; a gate on every channel
-    (2505.06708)."""
+    """To the last `window` tokens, with positions (2104.09864), or without them, normed and sharper the more tokens
+    are seen (2501.19399); a gate on every channel (2505.06708)."""
     def made(u: Tensor, norm: str) -> list[Tensor]:
         if not turning:
             return [rms(part, 1e-6) * w(f"{norm}.weight") for part in split(u, DIM)]
@@ -115,7 +116,8 @@ def attention(w: Weights, x: Tensor, memory: dict, t: int, writes: bool, *, turn
     out = []
     for h, q in enumerate(made(w.map("q", x), "q_norm")):
         keys, values = zip(*((k[h // 2], v[h // 2]) for s, (k, v) in memory.items() if s > t - window))
-        weight = torch.exp(torch.stack([(q * k.conj()).sum().real for k in keys]) / DIM**0.5)
+        sharp = 1.0 if turning else w("sharpness")[h] * math.log(len(keys))
+        weight = torch.exp(sharp * torch.stack([(q * k.conj()).sum().real for k in keys]) / DIM**0.5)
         out.append(weight @ torch.stack(values) / weight.sum())
     return w.map("out", torch.cat(out) * sigmoid(w.map("gate", x)))
 
