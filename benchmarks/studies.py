@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,44 @@ def table(found: dict[str, Any], task: dict[str, Any]) -> str:
         lines.append(f"| {cell['design']} | {cell['params']:,} | {state:,} B | {cell['rate']:g} | "
                      f"{' | '.join(shown)} |")
     return "\n".join(lines)
+
+
+def scored(cell: dict[str, Any], task: dict[str, Any]) -> tuple[float, float]:
+    """Mean over settings and seeds of what the test split gave a cell, and its standard error over seeds."""
+    seeds = [statistics.mean(s["test"][x["name"]][task["metric"]] for x in task["settings"]) for s in cell["seeds"]]
+    return statistics.mean(seeds), statistics.stdev(seeds) / len(seeds) ** 0.5
+
+
+def standing(studies: Sequence[dict[str, Any]], designs: Sequence[str]) -> str:
+    """For each task: who is first, and how far from it each of `designs` is, in standard errors of the difference."""
+    lines = [f"| task | first | its score | {' | '.join(designs)} |",
+             "| --- | --- | ---: |" + " ---: |" * len(designs)]
+    places: dict[str, list[int]] = {}
+    last = dict.fromkeys(designs, 0)
+    near = dict.fromkeys(designs, 0)
+    for found in studies:
+        for task in found["tasks"]:
+            scores = {c["design"]: scored(c, task) for c in found["cells"] if c["task"] == task["key"]}
+            sign = 1 if task["better"] == "higher" else -1
+            order = sorted(scores, key=lambda name: -sign * scores[name][0])
+            for name in order:
+                ahead = sum(sign * (scores[other][0] - scores[name][0]) > 0 for other in order)
+                places.setdefault(name, []).append(1 + ahead)
+            best, error = scores[order[0]]
+            shown = []
+            for name in designs:
+                gap, noise = sign * (best - scores[name][0]), (error**2 + scores[name][1] ** 2) ** 0.5
+                near[name] += gap <= noise
+                last[name] += places[name][-1] == len(order)
+                shown.append(f"{scores[name][0]:.3f} ({places[name][-1]} of {len(order)}"
+                             f"{', level' if 0 < gap <= noise else ''})")
+            lines.append(f"| {task['key']} | {order[0]} | {best:.3f} ± {error:.3f} | {' | '.join(shown)} |")
+    total = len(lines) - 2
+    told = [f"- **{name}** is first, or within one standard error of the first, on {near[name]} of {total} tasks; it is "
+            f"last on {last[name]}." for name in designs]
+    ranks = ", ".join(f"{name} {statistics.mean(p):.2f}"
+                      for name, p in sorted(places.items(), key=lambda item: statistics.mean(item[1])))
+    return "\n".join([*lines, "", *told, f"- Mean place: {ranks}."])
 
 
 SPRINT = """# What the sprint found
