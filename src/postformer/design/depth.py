@@ -119,6 +119,11 @@ class _Repeated(Design):
     publishes: ClassVar[tuple[str, ...]] = ("depth",)
     score: ClassVar[str] = SELF
 
+    @property
+    def decisions(self) -> int:
+        """How often a token may stop or go on."""
+        return self.most - 1
+
     def refused(self, sub: Sublayer, own: Sequence[str], stateful: bool, soft_gates: bool) -> str | None:
         if "x" not in sub.input:
             return "every step reads what the last one made of the stream; have x among the `input`"
@@ -138,16 +143,18 @@ class _Repeated(Design):
             states * inner.state + (8 * states if stateful else 0),
             tuple((states * kept, window) for kept, window in inner.state_per_token),
             tuple((states * kept, share) for kept, share in inner.state_per_share))
-        if self.most == 1:
+        if not self.decisions:
             return total
         gate = place.linear_cost(width, 1, bias=True, role="gate")
-        return total + replace(gate, flops_per_token=(self.most - 1) * gate.flops_per_token)
+        return total + replace(gate, flops_per_token=self.decisions * gate.flops_per_token)
 
 
 class Loop(_Repeated):
     """h_n = h_{n-1} + f(h_{n-1}) until the token halts (PonderNet, 2107.05407; Mixture-of-Recursions, 2507.10524)."""
 
     kind: Literal["loop"] = "loop"
+    least: Literal[0, 1] = 1
+    """0: a token may take nothing of it, and is then only written into its state"""
     halt: Literal["hard", "expected"] = "hard"
     """hard: the output is h_n of the first n by which half of the probability has halted. expected: the mean of all
     h_n, and every step is taken"""
@@ -163,13 +170,18 @@ class Loop(_Repeated):
         return self
 
     @property
+    def decisions(self) -> int:
+        return self.most - self.least
+
+    @property
     def strength(self) -> float:
         return 0.01 if self.prior_weight is None else self.prior_weight
 
     @property
     def in_words(self) -> str:
         how = "until it halts" if self.halt == "hard" else "weighed by when it halts"
-        return f"up to {self.most} times, {how}, state: {self.state}"
+        times = f"{'not at all or ' if not self.least else ''}up to {self.most} times"
+        return f"{times}, {how}, state: {self.state}"
 
     def refused(self, sub: Sublayer, own: Sequence[str], stateful: bool, soft_gates: bool) -> str | None:
         if why := super().refused(sub, own, stateful, soft_gates):

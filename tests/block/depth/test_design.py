@@ -92,6 +92,7 @@ def test_costs():
     assert write.state_bytes(100) == whole.state_bytes(100)
     looped, once = cost({"kind": "loop", "most": 3}), cost({"kind": "loop", "most": 3, "state": "first"})
     assert looped.params == once.params == whole.params + 17
+    assert cost({"kind": "loop", "most": 1, "least": 0}).params == whole.params + 17
     assert looped.flops_per_token == 3 * (whole.flops_per_token - head) + head + 2 * gate
     assert looped.state_bytes(10) == 3 * (whole.state_bytes(10) - 8) + 8 + 24
     assert once.state_bytes(10) == whole.state_bytes(10) + 8
@@ -124,6 +125,9 @@ RECIPES = {
     "loop over a shared block": recipe(
         [{"use": "block", "norm": "none", "residual": "none", "depth": {"kind": "loop", "most": 3, "state": "first"},
           "publish": {"spent": "depth"}}], [{"use": "a"}, {"use": "ff", "depth": "mod"}]),
+    "loop, or not at all": recipe(
+        [{"use": "a", "depth": {"kind": "loop", "least": 0, "most": 2, "state": "first"}},
+         {"use": "ff", "depth": {"kind": "loop", "least": 0, "most": 1, "prior": 0.3}}]),
     "expected": recipe([{"use": "a", "depth": {"kind": "loop", "most": 2, "halt": "expected", "prior": 0.3}},
                         {"use": "ff"}]),
     "ode": recipe([{"use": "c", "depth": {"kind": "ode", "most": 3}}, {"use": "ff", "depth": "ode"}], c=CONV),

@@ -49,18 +49,25 @@ def test_one_step_is_the_plain_sublayer(made, name, residual):
         assert torch.equal(out.published["depth"], torch.ones(2, T).double())
 
 
+@pytest.mark.parametrize("least", [0, 1])
 @pytest.mark.parametrize("state", ["each", "first"])
 @pytest.mark.parametrize("residual", ["add", "none"])
-def test_hard_halting_by_loops(made, state, residual):
+def test_hard_halting_by_loops(made, state, residual, least):
     """Token by token, depth by depth; the forward is the same with and without gradients, and one by one."""
     x = made.tokens(2, T)
-    sub = spread(made.sublayer("pole", {"kind": "loop", "most": 4, "state": state}, residual=residual))
+    sub = spread(made.sublayer("pole", {"kind": "loop", "most": 4, "least": least, "state": state}, residual=residual))
     expected, depth = torch.zeros_like(x), torch.zeros(2, T).double()
     last = []
     for i in range(2):
         memories = [torch.zeros(made.width).double() for _ in range(4)]
         for t in range(T):
             h, rest = x[i, t], 1.0
+            if not least:
+                rest = float(1 - torch.sigmoid(gate(sub, h)).detach())
+            if rest <= 0.5:  # it takes nothing, but is written
+                expected[i, t] = h
+                _, memories[0] = pole(sub, sub.norm(h), memories[0])
+                continue
             for n in range(4):
                 if state == "each" or n == 0:
                     f, memories[n] = pole(sub, sub.norm(h), memories[n])

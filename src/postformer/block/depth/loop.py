@@ -5,6 +5,8 @@
     halt: hard      y = h_N, N the first n with p_1 + ... + p_n >= 1/2
     halt: expected  y = sum_n p_n h_n; at depth n the token is there for the state as far as it has not halted before
 
+With least: 0 the choice begins at h_0 = x: a token may take nothing; the first application runs for its state alone.
+With least: 0 the choice begins at h_0 = x: a token may take nothing, and the first application runs for its state.
 hard: forward is the same in training and in evaluation, so that a model decodes as it learned; backward goes through
 sum_n p_n h_n and sum_n n p_n (straight through the choice of N). With gradients every token takes every step, those
 after N only reading the states; without, tokens that have halted are left out, and the loop ends when all have.
@@ -45,23 +47,26 @@ class Halting(Repeating):
         rest, expected, divergence = (like.new_full(x.shape[:2], v) for v in (1.0, 0.0, 0.0))
         steps, active, h = torch.zeros_like(rest), valid, x
         y, mean, made = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(x)
-        for n in range(design.most):
-            if not (every or apply.waits or bool(active.any())):
-                break
-            gate = None if n == 0 or not every else active if hard else rest
-            f = apply(n, h, valid if every else active, gate)
-            made = f if n == 0 and not self.replaces else made + f if not self.replaces else \
-                f if every else torch.where(active[..., None], f, h)
+        for n in range(design.least, design.most + 1):
+            if n:
+                running = valid if every or n == 1 else active  # whatever it then takes, a token is written once
+                if not (every or apply.waits or bool(running.any())):
+                    break
+                f = apply(n - 1, h, running, None if n == 1 or not every else active if hard else rest)
+                made = f if n == 1 and not self.replaces else made + f if not self.replaces else \
+                    f if every else torch.where(running[..., None], f, h)
+                steps = steps + active
+            elif self.replaces:
+                made = x
             h = made if self.replaces else x + made
             p, left = rest, torch.zeros_like(rest)
-            if self.gate is not None and n + 1 < design.most:
+            if self.gate is not None and n < design.most:
                 halting = torch.sigmoid(wide(self.gate, h))
                 p, left = halting * rest, (1 - halting) * rest
-            steps = steps + active
             stops = active & (left <= (0.0 if self.declared else 0.5))
             y, active = torch.where(stops[..., None], made, y), active & ~stops
             if every:
-                mean, expected = mean + p.to(made.dtype)[..., None] * made, expected + (n + 1) * p
+                mean, expected = mean + p.to(made.dtype)[..., None] * made, expected + n * p
                 if design.prior is not None:
                     divergence = divergence + p * (p.clamp_min(TINY).log() - self._prior(n))
             rest = left
@@ -75,9 +80,9 @@ class Halting(Repeating):
         return Ran(y, apply.state, told, apply.outs)
 
     def _prior(self, n: int) -> float:
-        """Logarithm of the probability of n + 1 steps, cut at `most`."""
-        stay = math.log1p(-self.design.prior)
-        return n * stay + (math.log(self.design.prior) if n + 1 < self.design.most else 0.0)
+        """Logarithm of the probability of n steps, from `least` on, cut at `most`."""
+        design = self.design
+        return (n - design.least) * math.log1p(-design.prior) + (math.log(design.prior) if n < design.most else 0.0)
 
     def out(self, x: Tensor, plan: dict[str, Tensor], ran: Ran, ctx: Context) -> Out:
         valid, steps = there(x, ctx), ran.told["steps"]
@@ -89,5 +94,5 @@ class Halting(Repeating):
 
     @classmethod
     def adapted(cls, able: Traits, design: Any) -> Traits:
-        exact = design.halt == "expected" or design.most == 1
+        exact = design.halt == "expected" or not design.decisions
         return replace(able, native_emit=False, exact_gradients=able.exact_gradients and exact)

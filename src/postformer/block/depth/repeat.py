@@ -37,7 +37,7 @@ class Repeating(Depth):
         super().__init__(design, site, sublayer, able, needs)
         self.depths: int = design.most if design.state == "each" else 1
         # With one step there is nothing to decide.
-        self.gate = site.linear("gate", self.width, 1, bias=True, role="gate") if design.most > 1 else None
+        self.gate = site.linear("gate", self.width, 1, bias=True, role="gate") if design.decisions else None
 
     def starting_at(self, value: float) -> None:
         """The bias of the gate: what it says before anything is learned."""
