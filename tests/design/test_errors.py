@@ -31,7 +31,7 @@ CASES = [
     ("loss: l2", "loss: dot\n      normaliser: sum", 6, "model.mixers.memory", ["set features: elu1"]),
     ("loss: l2\n      features: l2norm\n      retention: {per: head, gate: mamba}\n      update: {kind: gradient, "
      "rate: sigmoid}", "loss: dot\n      update: {rate: double-sigmoid}", 6, "model.mixers.memory",
-     ["rate in (0, 2)", "use sigmoid or one"]),
+     ["rate up to 2", "use sigmoid or one"]),
     ("per: head, gate: mamba", "per: channel, gate: fixed", 10, "model.mixers.memory.retention", ["set per: head"]),
     ("per: head, gate: mamba", "per: none, gate: mamba", 10, "model.mixers.memory.retention", ["'mamba'", "set per:"]),
     ("per: head, gate: mamba", "per: head", 10, "model.mixers.memory.retention", ["gate: mamba, gla, sigmoid"]),

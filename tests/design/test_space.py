@@ -32,7 +32,7 @@ MATRIX = st.fixed_dictionaries({
     "retention": st.fixed_dictionaries({"per": one("none", "head", "channel")},
                                        optional={"gate": one("mamba", "gla", "sigmoid", "fixed")}),
     "update": st.fixed_dictionaries({"steps": one(1, 2, 3)},
-                                    optional={"rate": one("one", "sigmoid", "double-sigmoid")}),
+                                    optional={"rate": one("one", "sigmoid", "double-sigmoid", "stretched")}),
     "features": one("none", "l2norm", "elu1", "softmax", ["silu", "l2norm"], ["relu"]),
     "normaliser": one("none", "none", "sum"),
     "local": one("none", "conv3", "shift"),

@@ -131,6 +131,30 @@ def test_one_gated_delta_product_step_is_gated_deltanet():
     assert error(two, single) > 1e-3
 
 
+def test_stretched_rates_reach_both_ends_and_reflect_exactly():
+    """Where a rate is 2 the state's component along the key changes its sign and keeps its size, however often."""
+    recipe = load("gated-deltaproduct", [MEMORY + "update={rate: stretched, steps: 1}", MEMORY + "retention=none",
+                                         MEMORY + "local=none"], width=32, layers=2)
+    rule = next(m.params for m in build(recipe.model).double().modules() if hasattr(m, "params"))
+    x = torch.randn(1, 400, 32, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    with torch.no_grad():
+        rule.rate.weight.mul_(20)
+        made, _ = rule(x, rule.initial(1), Context())
+        plain = 2 * torch.sigmoid(rule.rate(x)).transpose(1, 2)
+    beta = (made.w * made.e).sum(-1)
+    assert error(beta, (1.1 * plain - 0.1).clamp(0, 2)) < 1e-6  # the keys are of length 1 to 1e-6
+    assert (beta == 0).any()
+    ends = (beta - 2).abs() < 1e-5
+    assert ends.any()
+    head, at = ends[0].nonzero()[0].tolist()
+    e = made.e[0, head, at]
+    s = torch.randn(len(e), 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    after = s
+    for _ in range(256):
+        after = after - torch.outer(made.w[0, head, at], e @ after)
+    assert error(after, s) < 1e-3
+
+
 def test_an_implicit_step_is_where_its_objective_is_stationary():
     """The gradient by autograd of |S - S_{t-1}|^2 + beta |S^T k - v|^2 vanishes at K1's new state."""
     model = scrambled("longhorn")

@@ -39,8 +39,9 @@ class Update(Design):
     kind: Literal["gradient", "implicit"] = "gradient"
     """gradient: a step along the gradient at the state before it. implicit: the exact minimum of
     |S - S_{t-1}|^2 + rate |S^T k - v|^2, stable for keys of any norm (Longhorn, 2407.14207)"""
-    rate: Literal["one", "sigmoid", "double-sigmoid"] | None = None
-    """one: 1; sigmoid: in (0, 1); double-sigmoid: in (0, 2). None: sigmoid for l2, one for dot"""
+    rate: Literal["one", "sigmoid", "double-sigmoid", "stretched"] | None = None
+    """one: 1; sigmoid: in (0, 1); double-sigmoid: in (0, 2); stretched: in [0, 2], a sigmoid drawn out by a twentieth at
+    both ends and cut there (1712.01312), so that a reflection is exact. None: sigmoid for l2, one for dot"""
     steps: int = Field(default=1, ge=1, le=8)
     """Steps per token, each with its own key, value and rate (DeltaProduct)"""
 
@@ -93,6 +94,11 @@ class MatrixDesign(Design):
     @property
     def rate(self) -> str:
         return self.update.rate or ("sigmoid" if self.loss == "l2" else "one")
+
+    @property
+    def reflects(self) -> bool:
+        """Steps may go past their target, as far as its mirror image."""
+        return self.rate in ("double-sigmoid", "stretched")
 
     def sizes(self, width: int) -> tuple[int, int, int, int]:
         """(value heads, key heads, dim_key, dim_value)"""

@@ -98,7 +98,9 @@ class Qkv(Rule):
             return k
         beta = k.new_ones(())
         if self.rate is not None:
-            beta = torch.sigmoid(fp32(self.rate(x))) * (2 if self.design.rate == "double-sigmoid" else 1)
+            beta = torch.sigmoid(fp32(self.rate(x))) * (2 if self.design.reflects else 1)
+            if self.design.rate == "stretched":
+                beta = (1.1 * beta - 0.1).clamp(0, 2)
             beta = self._steps(beta, self.value_heads)
         if self.design.update.kind == "implicit":
             beta = beta / (1 + beta * fp32(k).square().sum(-1, keepdim=True))
@@ -137,14 +139,14 @@ class Qkv(Rule):
             if design.normaliser == "sum":
                 raise ValueError("normaliser 'sum' divides by a sum of weights, which loss l2 does not have; "
                                  "set normaliser: none")
-            if update.kind == "implicit" and design.rate == "double-sigmoid":
-                raise ValueError("a rate in (0, 2) is for reflections, and an implicit step never goes past its "
+            if update.kind == "implicit" and design.reflects:
+                raise ValueError("a rate up to 2 is for reflections, and an implicit step never goes past its "
                                  "target; use rate: sigmoid, or kind: gradient")
         if design.loss == "dot" and update.kind == "implicit":
             raise ValueError("loss dot is linear in S, so that an implicit step is a gradient step; use "
                              "kind: gradient, or loss: l2")
-        if design.loss == "dot" and update.rate == "double-sigmoid":
-            raise ValueError("a rate in (0, 2) reflects what loss l2 erases; with loss dot use sigmoid or one")
+        if design.loss == "dot" and design.reflects:
+            raise ValueError("a rate up to 2 reflects what loss l2 erases; with loss dot use sigmoid or one")
         if design.loss == "dot" and update.steps > 1 and design.retention.per == "none" and design.normaliser == "sum":
             raise ValueError("several steps of loss dot only add heads; use steps: 1, or loss: l2")
         if design.normaliser == "sum" and not {"elu1", "relu", "softmax"} & set(design.features):
@@ -167,7 +169,7 @@ class Qkv(Rule):
     def choices(cls, design: MatrixDesign) -> Choices:
         steps, kind = design.update.steps, design.update.kind
         retention, keep = cls.retained(design)
-        size = {"one": "1", "sigmoid": "in (0, 1)", "double-sigmoid": "in (0, 2)"}[design.rate]
+        size = {"one": "1", "sigmoid": "in (0, 1)", "double-sigmoid": "in (0, 2)", "stretched": "in [0, 2]"}[design.rate]
         size = f"of size {size}" if kind == "gradient" else f"of rate {size}"
         update = f"{f'one {kind} step' if steps == 1 else f'{steps} {kind} steps'} {size}"
         rate = "" if design.rate == "one" else "b_t "
@@ -215,5 +217,5 @@ class OneStep(Qkv):
         if design.update.kind != "gradient" or design.update.steps > 1:
             raise ValueError(f"parameterisation '{name}' takes one gradient step a token; leave update.kind and "
                              "update.steps out, or use parameterisation: qkv")
-        if design.rate == "double-sigmoid":
-            raise ValueError(f"a rate in (0, 2) can make the state of parameterisation '{name}' grow; use sigmoid")
+        if design.reflects:
+            raise ValueError(f"a rate up to 2 can make the state of parameterisation '{name}' grow; use sigmoid")
