@@ -109,8 +109,8 @@ def standing(studies: Sequence[dict[str, Any]], designs: Sequence[str]) -> str:
                              f"{', level' if 0 < gap <= noise else ''})")
             lines.append(f"| {task['key']} | {order[0]} | {best:.3f} ± {error:.3f} | {' | '.join(shown)} |")
     total = len(lines) - 2
-    told = [f"- **{name}** is first, or within one standard error of the first, on {near[name]} of {total} tasks; it is "
-            f"last on {last[name]}." for name in designs]
+    told = [f"- **{name}** is first, or within one standard error of the first, on {near[name]} of {total} tasks; "
+            f"it is last on {last[name]}." for name in designs]
     ranks = ", ".join(f"{name} {statistics.mean(p):.2f}"
                       for name, p in sorted(places.items(), key=lambda item: statistics.mean(item[1])))
     return "\n".join([*lines, "", *told, f"- Mean place: {ranks}."])

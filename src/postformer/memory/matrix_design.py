@@ -40,8 +40,8 @@ class Update(Design):
     """gradient: a step along the gradient at the state before it. implicit: the exact minimum of
     |S - S_{t-1}|^2 + rate |S^T k - v|^2, stable for keys of any norm (Longhorn, 2407.14207)"""
     rate: Literal["one", "sigmoid", "double-sigmoid", "stretched"] | None = None
-    """one: 1; sigmoid: in (0, 1); double-sigmoid: in (0, 2); stretched: in [0, 2], a sigmoid drawn out by a twentieth at
-    both ends and cut there (1712.01312), so that a reflection is exact. None: sigmoid for l2, one for dot"""
+    """one: 1; sigmoid: in (0, 1); double-sigmoid: in (0, 2); stretched: in [0, 2], a sigmoid drawn out by a twentieth
+    at both ends and cut there (1712.01312), so that a reflection is exact. None: sigmoid for l2, one for dot"""
     steps: int = Field(default=1, ge=1, le=8)
     """Steps per token, each with its own key, value and rate (DeltaProduct)"""
 

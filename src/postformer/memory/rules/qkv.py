@@ -169,7 +169,8 @@ class Qkv(Rule):
     def choices(cls, design: MatrixDesign) -> Choices:
         steps, kind = design.update.steps, design.update.kind
         retention, keep = cls.retained(design)
-        size = {"one": "1", "sigmoid": "in (0, 1)", "double-sigmoid": "in (0, 2)", "stretched": "in [0, 2]"}[design.rate]
+        size = {"one": "1", "sigmoid": "in (0, 1)", "double-sigmoid": "in (0, 2)",
+                "stretched": "in [0, 2]"}[design.rate]
         size = f"of size {size}" if kind == "gradient" else f"of rate {size}"
         update = f"{f'one {kind} step' if steps == 1 else f'{steps} {kind} steps'} {size}"
         rate = "" if design.rate == "one" else "b_t "
