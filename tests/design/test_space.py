@@ -30,7 +30,7 @@ MATRIX = st.fixed_dictionaries({
     "kind": st.just("matrix"),
     "loss": one("dot", "l2"),
     "retention": st.fixed_dictionaries({"per": one("none", "head", "channel")},
-                                       optional={"gate": one("mamba", "gla", "sigmoid", "fixed")}),
+                                       optional={"gate": one("mamba", "gla", "sigmoid", "stretched", "fixed")}),
     "update": st.fixed_dictionaries({"steps": one(1, 2, 3)},
                                     optional={"rate": one("one", "sigmoid", "double-sigmoid", "stretched")}),
     "features": one("none", "l2norm", "elu1", "softmax", ["silu", "l2norm"], ["relu"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -153,6 +155,22 @@ def test_stretched_rates_reach_both_ends_and_reflect_exactly():
     for _ in range(256):
         after = after - torch.outer(made.w[0, head, at], e @ after)
     assert error(after, s) < 1e-3
+
+
+@pytest.mark.parametrize("per", ["head", "channel"])
+def test_a_stretched_gate_forgets_nothing_at_some_tokens(per):
+    recipe = load("gated-deltanet", [MEMORY + f"retention={{per: {per}, gate: stretched}}"], width=32, layers=2)
+    rule = next(m.params for m in build(recipe.model).double().modules() if hasattr(m, "params"))
+    x = torch.randn(1, 400, 32, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    with torch.no_grad():
+        made = rule.decay(x)
+        assert made.exp().mean().item() == pytest.approx(1.05 / (1 + math.exp(-2.5)), abs=0.03)
+        rule.decay.map.weight.mul_(10)
+        made = rule.decay(x)
+        raw = rule.decay.map(x).unflatten(-1, (made.shape[1], -1)).transpose(1, 2)
+    assert error(made.exp(), (1.05 * torch.sigmoid(raw)).clamp(max=1)) < 1e-12
+    assert (made == 0).any()
+    assert (made < -1).any()
 
 
 def test_an_implicit_step_is_where_its_objective_is_stationary():

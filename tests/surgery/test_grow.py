@@ -67,7 +67,7 @@ def expected(how, length, single, tile, factor):
 
 
 TILES = {"four-learners": 4, "jamba": 3, "nemotron-h-style": 3, "griffin": 2, "deepseek-moe": 2, "qwen3-next": 2,
-         "blackmamba": 2, "xlstm": 2, "palimpsest": 2, "palimpsest-windowed": 2}
+         "blackmamba": 2, "xlstm": 2, "palimpsest": 3, "palimpsest-windowed": 3}
 
 
 @pytest.mark.parametrize("how", ["stack", "interleave", "identity"])

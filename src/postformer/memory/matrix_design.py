@@ -14,9 +14,10 @@ class Retention(Design):
     """What is forgotten: S <- Diag(exp g) S, g <= 0."""
 
     per: Literal["none", "head", "channel"] = "none"
-    gate: Literal["mamba", "gla", "sigmoid", "fixed"] | None = None
-    """mamba: g = -exp(A) softplus(W x + b); gla: logsigmoid(W x + b) / 16; sigmoid: logsigmoid(W x + b);
-    fixed: g_h = log(1 - 2^(-5-h)) (RetNet)"""
+    gate: Literal["mamba", "gla", "sigmoid", "stretched", "fixed"] | None = None
+    """mamba: g = -exp(A) softplus(W x + b); gla: logsigmoid(W x + b) / 16; sigmoid: logsigmoid(W x + b); stretched: the
+    same drawn out by a twentieth and cut at 0 (1712.01312), so that a token may forget nothing at all; fixed:
+    g_h = log(1 - 2^(-5-h)) (RetNet)"""
     rank: int | Literal["dim-value"] | None = None
     """Of W, for a gate per channel; None: full"""
 
@@ -25,7 +26,7 @@ class Retention(Design):
         if self.per == "none" and self.gate is not None:
             raise ValueError(f"retention.gate is '{self.gate}' but nothing is forgotten: set per: head or channel")
         if self.per != "none" and self.gate is None:
-            raise ValueError("retention needs a gate: mamba, gla, sigmoid or fixed")
+            raise ValueError("retention needs a gate: mamba, gla, sigmoid, stretched or fixed")
         if self.gate == "fixed" and self.per == "channel":
             raise ValueError("retention gate 'fixed' is one number per head: set per: head, or gate: mamba")
         if self.rank is not None and self.per != "channel":

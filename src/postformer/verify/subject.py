@@ -18,7 +18,7 @@ from postformer.design.plan import Planned, planned, shared_places
 from postformer.model import LanguageModel, build
 from postformer.model.language import LMState
 
-WIDTH, WINDOW, SEGMENT, CHUNK, PERIOD = 32, 8, 16, 8, 5
+WIDTH, WINDOW, SEGMENT, CHUNK, PERIOD, MOST = 32, 8, 16, 8, 5, 3
 
 
 def reduced(recipe: Recipe) -> Recipe:
@@ -30,11 +30,11 @@ def reduced(recipe: Recipe) -> Recipe:
 
 def _narrow(value: Any) -> Any:
     """Windows cut to 8 tokens, segments to 16, chunks to 8, periods to 5 wherever a design has them: short sequences
-    leave them."""
+    leave them. At most three repetitions: a first, a last, and one between."""
     if isinstance(value, Design):
         changes = {name: _narrow(getattr(value, name)) for name in type(value).model_fields}
         for name, most in (("window", WINDOW), ("segment", SEGMENT), ("chunk", CHUNK), ("every", PERIOD),
-                           ("target", PERIOD)):
+                           ("target", PERIOD), ("most", MOST)):
             if isinstance(size := getattr(value, name, None), (int, float)) and not isinstance(size, bool):
                 changes[name] = min(size, most)
         return value.model_copy(update={k: v for k, v in changes.items() if v is not getattr(value, k)})

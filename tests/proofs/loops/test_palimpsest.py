@@ -30,8 +30,7 @@ from torch import Tensor
 from postformer.contract.context import DOCUMENT, Context
 
 H, DK, DV, DIM, MOST = 2, 6, 10, 6, 4
-SIZES = [f"model.mixers.memories.levels.{i}.{of}.heads={{value: {H}, dim_key: {DK}, dim_value: {DV}}}"
-         for i, of in ((0, "of.of"), (1, "of"))]
+SIZES = [f"model.mixers.{of}.heads={{value: {H}, dim_key: {DK}, dim_value: {DV}}}" for of in ("track", "remember.of")]
 SIZES += [f"model.mixers.look.of.{i}.heads={{query: 4, key_value: 2, dim: {DIM}}}" for i in range(2)]
 NORM = rms_norm()
 HERE = Here(0, 0, {})
@@ -88,10 +87,12 @@ def forget_kalman(memory: dict) -> dict:
     return {"begun": memory["seen"], **{("ended", h): memory["now", h] for h in range(H)}}
 
 
-def two_steps(w: Weights, x: Tensor, here: Here) -> Tensor:
-    """S <- a S, then twice S <- S - b (S k - v) k^T with b in (0, 2): two reflections a token (2502.10297)."""
-    q, k, v = projected(w.at("params"), x, here, (H * DK, 2 * H * DK, 2 * H * DV))
-    a, b, out = decay(w, x), 2 * sigmoid(w.map("params.rate", x)), []
+def track(w: Weights, x: Tensor, here: Here) -> Tensor:
+    """S <- a S, then twice S <- S - b (S k - v) k^T (2502.10297): a and b are sigmoids that are drawn out by a
+    twentieth, b at both ends, and cut, so that a = 1, b = 0 and b = 2 are reached."""
+    q, k, v = (w.map(f"params.{name}", x) for name in "qkv")
+    a = (1.05 * sigmoid(w.map("params.decay.map", x))).clamp(max=1)
+    b, out = (1.1 * 2 * sigmoid(w.map("params.rate", x)) - 0.1).clamp(0, 2), []
     for h in range(H):
         s = a[h] * here.memory.get(h, torch.zeros(DV, DK, dtype=x.dtype))
         for j in (h, H + h):
@@ -100,6 +101,12 @@ def two_steps(w: Weights, x: Tensor, here: Here) -> Tensor:
         here.memory[h] = s
         out.append(s @ unit(split(q, DK)[h]) / DK**0.5)
     return read(w, x, out)
+
+
+def shifted(w: Weights, x: Tensor, here: Here) -> Tensor:
+    """A squared-ReLU layer on a token mixed with the one before (2503.14456)."""
+    last, here.memory["last"] = here.memory.get("last", torch.zeros_like(x)), x
+    return w.map("out", torch.clamp(w.map("k", x + (last - x) * w("x_k")), min=0) ** 2)
 
 
 def attention(w: Weights, x: Tensor, memory: dict, t: int, writes: bool, *, turning: bool, window: int) -> Tensor:
@@ -144,18 +151,19 @@ def think(block: Weights, gate: Weights, x: Tensor, memory: dict, t: int, window
 
 def loop(w: Weights, tokens: Sequence[int], window: int) -> Tensor:
     """Logits [T, vocab]"""
-    memories: dict[str, dict] = {"kalman": {}, "two steps": {}, "list": {}}
+    layers, thinks = [w.at(f"stack.layers.{i}.sublayers") for i in range(2)], w.at("stack.layers.2.sublayers.0.depth")
+    memories: dict[str, dict] = {name: {} for name in ("track", "kalman", "0", "1", "list")}
     kept: dict = {}
-    remember, thinks = w.at("stack.layers.0"), w.at("stack.layers.1.sublayers.0.depth")
     rows = []
     for t, token in enumerate(tokens):
         if t in ends(len(tokens)):
-            memories = {"kalman": forget_kalman(memories["kalman"]), "two steps": {}, "list": {}}
+            memories = {name: forget_kalman(of) if name == "kalman" else {} for name, of in memories.items()}
         x = w("embedding.weight")[token]
-        u, levels = NORM(remember.at("sublayers.0.norm"), x), remember.at("sublayers.0.mixer.levels")
-        x = x + kalman(levels.at("0"), u, Here(t, 0, memories["kalman"]), kept) \
-            + two_steps(levels.at("1"), u, Here(t, 0, memories["two steps"]))
-        x = x + swiglu(remember.at("sublayers.1.mixer"), NORM(remember.at("sublayers.1.norm"), x), HERE)
+        for i, layer in enumerate(layers):
+            u = NORM(layer.at("0.norm"), x)
+            x = x + (kalman(layer.at("0.mixer"), u, Here(t, 0, memories["kalman"]), kept) if i
+                     else track(layer.at("0.mixer"), u, Here(t, 0, memories["track"])))
+            x = x + shifted(layer.at("1.mixer"), NORM(layer.at("1.norm"), x), Here(t, 0, memories[str(i)]))
         x = think(w.at("stack.shared.hop-0"), thinks, x, memories["list"], t, window)
         rows.append(w("embedding.weight") @ NORM(w.at("stack.norm"), x))
     return torch.stack(rows)
@@ -164,7 +172,7 @@ def loop(w: Weights, tokens: Sequence[int], window: int) -> Tensor:
 @pytest.mark.parametrize(("recipe", "window"), [("palimpsest", 10**6), ("palimpsest-windowed", 9)])
 def test_palimpsest(record_proof, recipe, window):
     narrow = [f"model.mixers.look.of.{i}.window={window}" for i in range(2)] if "windowed" in recipe else []
-    model = model_of(recipe, SIZES + narrow)
+    model = model_of(recipe, SIZES + narrow, layers=3)
 
     def call(tokens: Tensor) -> Tensor:
         boundary = torch.zeros(tokens.shape, dtype=torch.int8)

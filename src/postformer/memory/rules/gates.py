@@ -63,6 +63,8 @@ class Decay(nn.Module):
         rank, bias = gate_rank(r.rank, dim_value), r.gate != "mamba"
         self.map = (site.linear("decay", site.width, self.channels, bias=bias, role="gate") if rank is None
                     else LowRank(site, "decay", site.width, rank, self.channels, bias))
+        if r.gate == "stretched":  # begins where it forgets 3 % a token, and still learns
+            torch.nn.init.constant_((self.map if rank is None else self.map.b).bias, 2.5)
         if r.gate == "mamba":
             self.A_log = site.parameter("A_log", (self.heads,), log_uniform_a)
             self.dt_bias = site.parameter("dt_bias", (self.channels,), inverse_softplus_dt)
@@ -78,6 +80,8 @@ class Decay(nn.Module):
         if self.kind == "mamba":
             rate = fp32(self.A_log).exp().repeat_interleave(self.channels // self.heads)
             g = -rate * F.softplus(raw + fp32(self.dt_bias))
+        elif self.kind == "stretched":
+            g = (F.logsigmoid(raw) + math.log(1.05)).clamp_max(0)
         else:
             g = F.logsigmoid(raw) / (16 if self.kind == "gla" else 1)
         return g.unflatten(-1, (self.heads, -1)).transpose(1, 2)
