@@ -64,7 +64,8 @@ class Decay(nn.Module):
         self.map = (site.linear("decay", site.width, self.channels, bias=bias, role="gate") if rank is None
                     else LowRank(site, "decay", site.width, rank, self.channels, bias))
         if r.gate == "stretched":  # begins where it forgets 3 % a token, and still learns
-            torch.nn.init.constant_((self.map if rank is None else self.map.b).bias, 2.5)
+            last = self.map.b if isinstance(self.map, LowRank) else self.map
+            torch.nn.init.constant_(last.bias, 2.5)
         if r.gate == "mamba":
             self.A_log = site.parameter("A_log", (self.heads,), log_uniform_a)
             self.dt_bias = site.parameter("dt_bias", (self.channels,), inverse_softplus_dt)
