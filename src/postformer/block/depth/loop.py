@@ -53,8 +53,10 @@ class Halting(Repeating):
                 if not (every or apply.waits or bool(running.any())):
                     break
                 f = apply(n - 1, h, running, None if n == 1 or not every else active if hard else rest)
-                made = f if n == 1 and not self.replaces else made + f if not self.replaces else \
-                    f if every else torch.where(running[..., None], f, h)
+                if self.replaces:
+                    made = f if every else torch.where(running[..., None], f, h)
+                else:
+                    made = f if n == 1 else made + f
                 steps = steps + active
             elif self.replaces:
                 made = x
