@@ -157,7 +157,7 @@ class Attention(Mixer):
             turn = angles(position, self.rotated, q.dtype, self.design.rope_base)
             q, k = rotary(q, turn), rotary(k, turn)
         if self.sharpness is not None:
-            q = self._sharpened(q, tokens_seen(memory, ctx, length), ctx.causal)
+            q = self._sharpened(q, tokens_seen(memory, segments, ctx, length), ctx.causal)
         new = torch.stack([k.transpose(1, 2), v], 2)
         if (ctx.room and ctx.consume and length == 1 and segments is None and written(ctx) is None
                 and self.persistent is None and memory.data.dtype == q.dtype):
@@ -281,10 +281,10 @@ def written(ctx: Context) -> Tensor | None:
     return ctx.valid if write is None else ctx.valid & write
 
 
-def tokens_seen(memory: Growing | Ring, ctx: Context, length: int) -> Tensor:
+def tokens_seen(memory: Growing | Ring, segments: Tensor | None, ctx: Context, length: int) -> Tensor:
     """[B, T] int64: tokens of its document that each token may see, itself included where it is kept."""
     before = memory.length if isinstance(memory, Growing) else memory.count
-    segments, kept = ctx.segments(), written(ctx)
+    kept = written(ctx)
     new = torch.ones(len(before), length, dtype=torch.long, device=before.device) if kept is None else kept.long()
     total = new.cumsum(1)
     if segments is None:

@@ -5,7 +5,6 @@
     halt: hard      y = h_N, N the first n with p_1 + ... + p_n >= 1/2
     halt: expected  y = sum_n p_n h_n; at depth n the token is there for the state as far as it has not halted before
 
-With least: 0 the choice begins at h_0 = x: a token may take nothing; the first application runs for its state alone.
 With least: 0 the choice begins at h_0 = x: a token may take nothing, and the first application runs for its state.
 hard: forward is the same in training and in evaluation, so that a model decodes as it learned; backward goes through
 sum_n p_n h_n and sum_n n p_n (straight through the choice of N). With gradients every token takes every step, those
