@@ -178,9 +178,12 @@ def flatten(state: State, prefix: str = "state") -> dict[str, Tensor]:
 
 
 def unflatten(tensors: dict[str, Tensor], like: State, prefix: str = "state") -> State:
-    """Inverse of `flatten`: the saved leaves in the structure of `like` (sizes may differ in batch and capacity)."""
+    """Inverse of `flatten`: the saved leaves in the structure of `like` (sizes may differ in batch and capacity).
+
+    They are copied: a file's tensors lie at any address, and matrix products round by how memory is aligned.
+    """
     remaining = iter(range(len(leaves(like))))
-    return map_state(lambda _: tensors[f"{prefix}.{next(remaining)}"], like)
+    return map_state(lambda _: tensors[f"{prefix}.{next(remaining)}"].clone(), like)
 
 
 def mismatch(new: State, old: State, batch: int) -> str | None:
