@@ -20,11 +20,15 @@ from postformer.kernels import gdr
 
 
 class GDR(NamedTuple):
-    """Arguments of K1, all [B, H, T, d] ([B, H, R*T, d] for w, e, u, k_add, v_add with R micro-steps per token)."""
+    """Arguments of K1, all [B, H, T, d] ([B, H, R*T, d] for w, e, u, k_add, v_add with R micro-steps per token).
+
+    A delta rule gives `rate` [B, H, R*T, 1] instead of w where it writes along the erased direction, w = rate * e.
+    """
 
     q: Tensor
     g: Tensor | None = None
     """log-decay <= 0, [B, H, T, 1] or [B, H, T, dk], fp32"""
+    rate: Tensor | None = None
     w: Tensor | None = None
     e: Tensor | None = None
     u: Tensor | None = None
@@ -44,7 +48,7 @@ class AffineState(NamedTuple):
 
 
 def gated(rule: GDR, ctx: Context) -> GDR:
-    """The rule with tick and write gates applied: g * tick, w * write, k_add * write. Invalid tokens: identity."""
+    """The rule with tick and write gates applied: g * tick; rate, w and k_add * write. Invalid tokens: identity."""
     tick, write = gates(ctx)
 
     def spread(gate: Tensor, like: Tensor) -> Tensor:
@@ -56,6 +60,7 @@ def gated(rule: GDR, ctx: Context) -> GDR:
         rule = rule._replace(g=rule.g * spread(tick, rule.g))
     if write is not None:
         rule = rule._replace(
+            rate=None if rule.rate is None else rule.rate * spread(write, rule.rate),
             w=None if rule.w is None else rule.w * spread(write, rule.w),
             k_add=None if rule.k_add is None else rule.k_add * spread(write, rule.k_add),
         )
@@ -96,8 +101,8 @@ class AffineMemory(Mixer):
         rule, local = self.rule(x, state.local, ctx)
         rule = gated(rule, ctx)
         o, memory, *emitted = gdr(
-            rule.q, rule.g, w=rule.w, e=rule.e, u=rule.u, k_add=rule.k_add, v_add=rule.v_add, state=state.memory,
-            reset=ctx.reset(self.forget_at), erase_before_decay=rule.erase_before_decay,
+            rule.q, rule.g, rate=rule.rate, w=rule.w, e=rule.e, u=rule.u, k_add=rule.k_add, v_add=rule.v_add,
+            state=state.memory, reset=ctx.reset(self.forget_at), erase_before_decay=rule.erase_before_decay,
             read_before_update=rule.read_before_update, emit=ctx.emit,
         )
         y = self.read(o, x, rule)

@@ -28,6 +28,8 @@ class Settings:
     backend: str = "auto"
     decay_scale: float = 1.0
     rounding: bool = True
+    borrows: bool = True
+    """Whether "auto" may run kernels of other packages, where they are installed and faster"""
 
 
 DEFAULT = Settings()
@@ -42,14 +44,14 @@ def current() -> Settings:
 
 @contextmanager
 def use(*, backend: str | None = None, decay_scale: float | None = None,
-        rounding: bool | None = None) -> Iterator[Settings]:
+        rounding: bool | None = None, borrows: bool | None = None) -> Iterator[Settings]:
     """Change settings inside a `with` block; what is not named stays as it was.
 
     backend: "auto" (the fastest for the shape), "reference" (token by token), "parallel" (PyTorch operations) or
     "native" (compiled; where a kernel has none, "auto"). It decides only for kernels called with
     `backend="auto"`; a backend named in the call wins. decay_scale: factor >= 0 on the log-decays given to `gdr` and
-    `selective_scan`. rounding: False lets ternary maps and integer activations keep what they would round. Raises
-    ValueError for any other backend or a negative factor.
+    `selective_scan`. rounding: False lets ternary maps and integer activations keep what they would round. borrows:
+    False leaves other packages' kernels out of "auto". Raises ValueError for any other backend or a negative factor.
     """
     if backend is not None:
         check_backend(backend)
@@ -61,6 +63,7 @@ def use(*, backend: str | None = None, decay_scale: float | None = None,
         backend=old.backend if backend is None else backend,
         decay_scale=old.decay_scale if decay_scale is None else float(decay_scale),
         rounding=old.rounding if rounding is None else rounding,
+        borrows=old.borrows if borrows is None else borrows,
     )
     token = _current.set(new)
     try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from postformer.cli.console import Json, finish
 
 PACKAGES = ("torch", "numpy", "pydantic", "pyyaml", "typer", "rich", "safetensors", "jinja2", "matplotlib")
-EXTRAS = {"transformers": "hf: weights of transformers' classes"}
+EXTRAS = {"transformers": "hf: weights of transformers' classes", "triton": "gpu: our kernels for GPUs",
+          "flash-linear-attention": "kernels: used on a GPU where it is right and faster"}
 
 
 def doctor(json: Json = False) -> None:
@@ -53,7 +54,8 @@ def doctor(json: Json = False) -> None:
     about["native"] = {"library": built.library is not None, "reason": built.reason}
     how = "compiled" if built.library else "in PyTorch operations"
     print(f"  gdr, scan, selective_scan, short convolution, norms, gates: {how} on a CPU")
-    print("  gdr, selective_scan on a GPU: Triton where it is installed and agrees with PyTorch there")
+    print("  gdr, selective_scan on a GPU: Triton where it is installed and agrees with PyTorch there; gdr also by "
+          "flash-linear-attention, where that is installed, agrees and is faster")
     print("  attention: scaled_dot_product_attention of PyTorch; sequential: token by token (no other form exists)")
     print(f"  compiled kernels: {'' if built.library else 'none, '}{built.reason}")
     print(f"\ncorpora are cached in {about['cache']} (POSTFORMER_CACHE changes it)")

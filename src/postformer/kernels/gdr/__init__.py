@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import settings
-from . import gpu
+from . import fla, gpu
 from .chunk import gdr_chunked
 from .operators import gdr_chunks
 from .reference import gdr_recurrent
@@ -23,8 +23,14 @@ def _fail(message: str) -> NoReturn:
     raise ValueError(f"gdr: {message}")
 
 
-def _check(q, g, w, e, u, k_add, v_add, state, reset, chunk, emit) -> tuple[int, int]:
+def _check(q, g, rate, w, e, u, k_add, v_add, state, reset, chunk, emit) -> tuple[int, int]:
     """(micro-steps per token, dv); ValueError where shapes do not fit."""
+    if rate is not None:
+        if w is not None or e is None:
+            _fail("rate is for writes of rate * e: give e and no w with it")
+        if rate.shape != (*e.shape[:3], 1):
+            _fail(f"rate has shape {tuple(rate.shape)}; give {(*e.shape[:3], 1)}, one per row of e")
+        w = e
     if q.ndim != 4:
         _fail(f"q has shape {tuple(q.shape)}; give [B, H, T, dk]")
     B, H, T, dk = q.shape
@@ -98,6 +104,7 @@ def gdr(
     q: Tensor,
     g: Tensor | None,
     *,
+    rate: Tensor | None = None,
     w: Tensor | None = None,
     e: Tensor | None = None,
     u: Tensor | None = None,
@@ -117,7 +124,7 @@ def gdr(
         o_t = S_t^T q_t
 
     With `erase_before_decay` X_t = S_{t-1} (RWKV-7, arXiv 2503.14456); with `read_before_update` o_t = S_{t-1}^T q_t
-    (RWKV-6, arXiv 2404.05892). The delta rule (arXiv 2406.06484, gated 2412.06464) is e = k, w = beta k, u = v; linear
+    (RWKV-6, arXiv 2404.05892). The delta rule (arXiv 2406.06484, gated 2412.06464) is e = k, rate = beta, u = v; linear
     attention with decay (arXiv 2312.06635, 2405.21060) is the additive pair alone.
 
     Args:
@@ -125,6 +132,7 @@ def gdr(
         g: log-decay per token, <= 0 (not checked: a positive value grows the state), [B, H, T, 1] per head or
             [B, H, T, dk] per channel, float32 or float64; None for no decay.
         w, e: write and erase directions [B, H, R*T, dk]; come together. w carries the learning rate.
+        rate: [B, H, R*T, 1], in the place of w where w = rate * e.
         u: target [B, H, R*T, dv]; None is a target of zero (erase only).
         k_add, v_add: additive write [B, H, R*T, dk] and [B, H, R*T, dv]; come together.
             R >= 1 micro-steps per token are inferred: rows R*t .. R*t+R-1 belong to token t, one after the other. The
@@ -132,8 +140,9 @@ def gdr(
         state: [B, H, dk, dv], the memory before the first token; None is zero.
         reset: [B, T] bool; the memory is zero before these tokens, exactly, whatever the flags.
         chunk: upper bound of tokens per parallel chunk, a power of two. Changes speed, not results.
-        backend: "auto" (the fastest here), "reference" (token by token), "parallel" (chunks of PyTorch operations) or
-            "native" (chunks by compiled code, on a CPU with a compiler or a GPU with Triton).
+        backend: "auto" (the fastest here), "reference" (token by token), "parallel" (chunks of PyTorch operations),
+            "native" (chunks by compiled code, on a CPU with a compiler or a GPU with Triton) or "fla" (kernels of
+            flash-linear-attention, on a GPU, for the forms it has).
         emit: also return the memory before tokens 0, emit, 2*emit, ... (before a reset at that token).
 
     Returns:
@@ -142,16 +151,18 @@ def gdr(
 
     Raises:
         ValueError: shapes or arguments do not fit together.
+        RuntimeError: the backend named in the call cannot run it.
 
     Half-precision inputs are computed in float32. A token with g = 0, w = 0, k_add = 0 leaves the state as it is.
     Gradients are first-order only in the parallel form.
     """
-    micro, dv = _check(q, g, w, e, u, k_add, v_add, state, reset, chunk, emit)
+    micro, dv = _check(q, g, rate, w, e, u, k_add, v_add, state, reset, chunk, emit)
     if torch.is_autocast_enabled(q.device.type):
         with torch.autocast(q.device.type, enabled=False):
             return gdr(
-                q, g, w=w, e=e, u=u, k_add=k_add, v_add=v_add, state=state, reset=reset, chunk=chunk, backend=backend,
-                erase_before_decay=erase_before_decay, read_before_update=read_before_update, emit=emit,
+                q, g, rate=rate, w=w, e=e, u=u, k_add=k_add, v_add=v_add, state=state, reset=reset, chunk=chunk,
+                backend=backend, erase_before_decay=erase_before_decay, read_before_update=read_before_update,
+                emit=emit,
             )
     B, H, T, dk = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -159,8 +170,15 @@ def gdr(
     scale = settings.current().decay_scale
     if g is not None and scale != 1.0:
         g = g * scale
-    backend, flags = settings.choose(backend), (micro, erase_before_decay, read_before_update)
+    if backend != "fla":
+        backend = settings.choose(backend)
+    flags = (micro, erase_before_decay, read_before_update)
     recurrent = backend == "reference" or (backend == "auto" and T <= RECURRENT_UP_TO)
+    theirs = fla.Call(q, g, rate, w, e, u, k_add, v_add)
+    if emit is None and (form := fla.chosen(backend, theirs, state, *flags, reset)):
+        return fla.run(form, theirs, q.new_zeros(B, H, dk, dv, dtype=dtype) if state is None else state.to(dtype))
+    if rate is not None and e is not None:
+        w = e * rate.to(e.dtype)
     writes: Writes = (w, e, u, k_add, v_add)
     compiled: Compiled = None
     size = gpu.tokens_per_chunk(micro, chunk, dk)

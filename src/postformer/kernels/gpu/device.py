@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import time
 import warnings
 from collections.abc import Callable, Hashable
 from functools import cache
@@ -18,6 +19,9 @@ from torch import Tensor
 
 CHECKS: dict[str, Callable[..., None]] = {}
 """kernel -> check(device, *configuration), which raises where the kernel is wrong."""
+
+INSTEAD = {"flash-linear-attention": "our own kernels run"}
+"""kernel -> what happens where it is not trusted, if that is not PyTorch operations"""
 
 
 def interpreted() -> bool:
@@ -47,7 +51,8 @@ def _why_not(kernel: str, device: torch.device, *configuration: Hashable) -> str
         except Exception as error:  # of building, of running, or of what came out: none may stop a training run
             why = f"the self-test of {configuration} failed: {type(error).__name__}: {str(error)[:400]}"
     if why:
-        warnings.warn(f"{kernel} runs as PyTorch operations on {device}: {why}", RuntimeWarning, stacklevel=3)
+        instead = INSTEAD.get(kernel, "it runs as PyTorch operations")
+        warnings.warn(f"{kernel} is not trusted on {device}, {instead}: {why}", RuntimeWarning, stacklevel=3)
     return why
 
 
@@ -63,3 +68,20 @@ def agree(found: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
     scale = expected.double().abs().max().item()
     if not error <= tolerance * scale + 1e-30:
         raise ArithmeticError(f"{name} is off by {error:.2e} where values reach {scale:.2e}")
+
+
+def seconds(work: Callable[[], object], device: str, repeats: int = 5) -> float:
+    """The least time of some repetitions, after two that are not counted; infinity where the work fails."""
+    try:
+        found = []
+        for _ in range(repeats + 2):
+            if device.startswith("cuda"):
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            work()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize(device)
+            found.append(time.perf_counter() - start)
+    except Exception:  # out of memory, or sizes that a kernel does not take: it is not to be chosen
+        return float("inf")
+    return min(found[2:])

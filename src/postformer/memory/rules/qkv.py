@@ -87,15 +87,21 @@ class Qkv(Rule):
         return x, q, k, v, local
 
     def arguments(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> GDR:
-        g, w = self.decay(x), self.written(x, k)
+        g = self.decay(x)
         if self.design.loss == "l2":
-            return GDR(q, g, w=w, e=k, u=v)
-        return GDR(q, g, k_add=w, v_add=v)
+            beta = self.size(x, k)
+            return GDR(q, g, rate=beta, w=k if beta is None else None, e=k, u=v)
+        return GDR(q, g, k_add=self.written(x, k), v_add=v)
 
     def written(self, x: Tensor, k: Tensor) -> Tensor:
         """Keys times the size of their step: [B, H, R*T, dk]"""
+        beta = self.size(x, k)
+        return k if beta is None else k * beta.to(k.dtype)
+
+    def size(self, x: Tensor, k: Tensor) -> Tensor | None:
+        """Of each step, [B, H, R*T, 1]; None: all are whole."""
         if self.rate is None and self.design.update.kind == "gradient":
-            return k
+            return None
         beta = k.new_ones(())
         if self.rate is not None:
             beta = torch.sigmoid(fp32(self.rate(x))) * (2 if self.design.reflects else 1)
@@ -104,7 +110,7 @@ class Qkv(Rule):
             beta = self._steps(beta, self.value_heads)
         if self.design.update.kind == "implicit":
             beta = beta / (1 + beta * fp32(k).square().sum(-1, keepdim=True))
-        return k * beta.to(k.dtype)
+        return beta
 
     def _features(self, x: Tensor, ctx: Context, scale: float = 1.0) -> Tensor:
         """x [B, T, heads, d] -> scale * features(x)"""

@@ -35,9 +35,9 @@ def setting(backend: str) -> str:
 
 
 def ours(work: Callable[[], Any], backend: str) -> Callable[[], Any]:
-    """The work with our kernels on a backend."""
+    """The work with our kernels on a backend, and no other package's."""
     def run() -> Any:
-        with use(backend=setting(backend)):
+        with use(backend=setting(backend), borrows=False):
             return work()
     return run
 
