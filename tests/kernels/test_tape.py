@@ -1,14 +1,16 @@
 """A recorded function of tensors does again, on other numbers, what the function does."""
 
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postformer.kernels import attend, native
+from postformer.kernels import attend, native, recall
 from postformer.kernels.scan.selective import scan_step
-from postformer.kernels.tape import Tape, record
+from postformer.kernels.tape import NotRecordable, Tape, record, when
 
 pytestmark = pytest.mark.skipif(native.native().library is None, reason="no compiled kernels here")
 
@@ -64,6 +66,88 @@ def test_one_token_of_attention(B, heads, group, d, room, seed, double):
     with torch.no_grad():
         repeated(lambda q, new, data, count: attend(q, new, data, count, d**-0.5), [q, new, data, count],
                  1e-11 if double else 1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(B=st.integers(1, 3), heads=st.integers(1, 3), group=st.integers(1, 3), d=st.integers(1, 40),
+       room=st.sampled_from([1, 5, 17, 300]), seed=st.integers(0, 2**20))
+def test_a_list_that_is_only_read(B, heads, group, d, room, seed):
+    torch.manual_seed(seed)
+    q, data = torch.randn(B, heads * group, d), torch.randn(B, room, 2, heads, d)
+    count = torch.randint(1, 2 * room + 1, (B,))
+    with torch.no_grad():
+        repeated(lambda q, data, count: (recall(q, data, count, d**-0.5),), [q, data, count], 1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 5), columns=st.integers(2, 9), seed=st.integers(0, 2**20), data=st.data())
+def test_the_largest_of_each_row(rows, columns, seed, data):
+    count = data.draw(st.integers(1, columns))
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    repeated(lambda x: x.topk(count, -1), [x], 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**20), parts=st.lists(st.integers(0, 2), min_size=1, max_size=5), nested=st.booleans())
+def test_what_nobody_needs_is_left_out(seed, parts, nested):
+    """Programs that add to what was there, each part under a condition of its own; some within others."""
+    torch.manual_seed(seed)
+
+    def run(x, needed):
+        y, hidden = x * 2, torch.zeros_like(x)
+        for i, kind in enumerate(parts):
+            def add(i=i, kind=kind):
+                z = (x @ x.mT @ x).sigmoid() if kind == 0 else F.softplus(x).cumsum(0) if kind == 1 else x.abs()
+                y.add_(z * (i + 1))
+                if nested:
+                    when(needed[:, -1], lambda: hidden.copy_(torch.where(z > 0.5, z, hidden)))
+
+            when(needed[:, i], add)
+        return y, hidden.clone() + y
+
+    with torch.no_grad():
+        inputs = [torch.randn(3, 4, dtype=torch.float64), torch.rand(2, len(parts) + 1) > 0.6]
+        held = [torch.randn_like(inputs[0]), torch.ones_like(inputs[1])]
+        _, _, tape = record(lambda: ([*run(*held)], []), held, [])
+        assert isinstance(tape, Tape), tape
+        for _ in range(3):
+            held[0].copy_(torch.randn_like(held[0]))
+            held[1].copy_(torch.rand(2, len(parts) + 1) > 0.6)
+            for found, expected in zip(tape.run(), run(*(x.clone() for x in held)), strict=True):
+                torch.testing.assert_close(found, expected, atol=1e-11, rtol=1e-11)
+
+
+def test_what_is_left_out_takes_no_time():
+    """The point of a condition: a large product that nobody needs costs nothing."""
+    x, W, needed = torch.randn(64, 512), torch.randn(512, 512), torch.ones(1, dtype=torch.bool)
+
+    def run():
+        y = torch.zeros(64, 512)
+        when(needed, lambda: y.add_(x @ W))
+        return [y + x[:1]], []
+
+    _, _, tape = record(run, [x, needed], [])
+    assert isinstance(tape, Tape)
+
+    def least():
+        times = []
+        for _ in range(20):
+            start = time.perf_counter()
+            tape.run()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    all_of_it = least()
+    needed.fill_(False)
+    assert least() < all_of_it / 3
+    torch.testing.assert_close(tape.run()[0], x[:1].expand(64, -1))
+
+
+def test_a_condition_that_is_no_truth_value_is_not_recorded():
+    x = torch.randn(3)
+    _, _, found = record(lambda: (when(x, lambda: None), ([x + 1], []))[1], [x], [])
+    assert isinstance(found, NotRecordable)
+    assert "condition" in str(found)
 
 
 def long_attention(threads, change=lambda *_: None):

@@ -9,7 +9,7 @@ from postformer.contract import state as states
 from postformer.contract.context import DOCUMENT, Context
 from postformer.contract.state import Growing
 from postformer.design import DesignError, load
-from postformer.memory.attention import Ring, append, rotate
+from postformer.memory.lists import Ring, append, rotate
 from postformer.model import build
 from postformer.verify import verify
 
@@ -187,3 +187,30 @@ def test_positions_that_repeat_do_not_show_later_tokens():
         for t in range(1, 4):
             part = mixer(x[:, :t], None, Context(position=position[:, :t])).y
             assert (whole[:, :t] - part).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("more", [{}, {"persistent": 3},
+                                  {"heads": {"query": 4, "key_value": 2}, "softmax": "scalable"}],
+                         ids=["plain", "persistent", "grouped"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_ring_by_operations_that_can_be_recorded(more, gated, monkeypatch):
+    """Token by token, rows of which some enter the list and some do not, until it has gone round twice."""
+    mixer = build(load({"name": "r", "model": {"width": 32, "mixers": {"a": {
+        "kind": "attention", "window": 5, **more}}, "stack": ["a"]}}).model).stack.layers[0].sublayers[0].mixer.double()
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(3, 17, 32, dtype=torch.float64, generator=generator)
+    write = (torch.rand(3, 17, generator=generator) > 0.4).double() if gated else None
+    with torch.no_grad():
+        results = []
+        for recorded in (False, True):
+            monkeypatch.setattr("postformer.memory.attention.recording", lambda recorded=recorded: recorded)
+            state, ys = mixer.initial(3), []
+            for t in range(17):
+                out = mixer(x[:, t : t + 1], state, Context(write=None if write is None else write[:, t : t + 1]))
+                state, ys = out.state, [*ys, out.y]
+            results.append((torch.cat(ys, 1), state))
+    (y, state), (y_, state_) = results
+    assert (y - y_).abs().max() < 1e-12
+    assert torch.equal(state.memory.count, state_.memory.count)
+    assert torch.equal(state.memory.position, state_.memory.position)
+    assert (state.memory.data - state_.memory.data).abs().max() < 1e-12

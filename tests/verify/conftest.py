@@ -17,7 +17,7 @@ from postformer.design import Design, register, registry
 from postformer.design.cost import Cost
 from postformer.kernels import attention, current, scan
 from postformer.layers.norm import l2norm
-from postformer.memory.attention import append
+from postformer.memory.lists import append
 
 torch.set_num_threads(1)
 HEADS, DIM = 2, 4

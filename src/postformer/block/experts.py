@@ -30,6 +30,7 @@ from postformer.design.base import Design
 from postformer.design.cost import Cost
 from postformer.design.registry import register
 from postformer.kernels import current
+from postformer.kernels.tape import recording, when
 
 
 class ExpertsDesign(Design):
@@ -108,16 +109,22 @@ class Experts(Mixer):
         u = tokens if there is None else tokens[there]
         scores = self.scores(u)
         chosen, weight = self.choose(scores)
+        if recording():
+            return Out(self._with_shared(u, self._stepped(u, chosen, weight)).to(x.dtype).unflatten(0, x.shape[:2]))
         load = counted(chosen, self.design.experts)
         reference = current().backend == "reference"
         y = self._masked(u, chosen, weight) if reference else self._grouped(u, chosen, weight, load)
-        if self.shared is not None:
-            shared = self.shared.transform(u)
-            y = y + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(u)) * shared)
+        y = self._with_shared(u, y)
         if there is not None:
             y = y.new_zeros(len(tokens), y.shape[1]).index_copy(0, there, y)
         losses = {"router": self._balance_loss(scores, load)} if self.design.balance == "loss" else EMPTY
         return Out(y.to(x.dtype).unflatten(0, x.shape[:2]), losses=losses, measured={"load": load})
+
+    def _with_shared(self, u: Tensor, y: Tensor) -> Tensor:
+        if self.shared is None:
+            return y
+        shared = self.shared.transform(u)
+        return y + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(u)) * shared)
 
     def scores(self, u: Tensor) -> Tensor:
         """u [N, D] -> [N, experts] in fp32 or better, whatever autocast says: near ties decide."""
@@ -145,6 +152,15 @@ class Experts(Mixer):
         made = torch.cat([self._expert(i).transform(part) for i, part in enumerate(parts) if everyone or len(part)])
         made = made * weight.flatten()[order, None]
         return made.new_zeros(len(u), made.shape[1]).index_add(0, rows, made)
+
+    def _stepped(self, u: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
+        """For a recorded step: expert after expert on all tokens, each only where some token has chosen it."""
+        y = u.new_zeros(len(u), self._expert(0).transform(u[:1]).shape[1], dtype=weight.dtype)
+        for i in range(self.design.experts):
+            picked = chosen == i
+            share = (weight * picked).sum(-1, keepdim=True)
+            when(picked, lambda i=i, share=share: y.add_(share * self._expert(i).transform(u)))  # type: ignore[func-returns-value]
+        return y
 
     def _masked(self, u: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
         """The same, obviously right: expert by expert, added where it was chosen."""

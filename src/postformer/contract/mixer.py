@@ -39,6 +39,10 @@ class Out(NamedTuple):
     the model; what a mixer learns from such counts it learns in `after_step`."""
 
 
+Rereads = Literal["no", "last", "all"]
+REREADS: tuple[Rereads, ...] = ("no", "last", "all")
+
+
 @dataclass(frozen=True)
 class Traits:
     """What a mixer can do. Verify, the planner and refusals use it; nothing else may switch a check off."""
@@ -56,8 +60,9 @@ class Traits:
     stateful: bool = True
     exact_gradients: bool = True
     """False: gradients that are meant to differ from the derivative (straight-through estimators, truncation)."""
-    rereads: bool = False
-    """ctx.later is honoured: a token reads the state as it was before the tokens that came after it."""
+    rereads: Rereads = "no"
+    """ctx.later is honoured: a token reads the state as it was before the tokens that came after it (last: if there are
+    none)."""
     same_in_training: bool = True
     """False: training chooses by what evaluation cannot see (the top of a whole sequence). Verify then looks at
     evaluation."""
@@ -85,7 +90,7 @@ def joined(each: Sequence[Traits]) -> Traits:
         native_emit=all(t.native_emit for t in each),
         stateful=any(t.stateful for t in each),
         exact_gradients=all(t.exact_gradients for t in each),
-        rereads=all(t.rereads for t in each if t.stateful),
+        rereads=REREADS[min((REREADS.index(t.rereads) for t in each if t.stateful), default=2)],
         same_in_training=all(t.same_in_training for t in each),
         reads=tuple(name for t in each for name in t.reads),
     )

@@ -8,7 +8,7 @@ memories. kalman_gains, precision, ridge_solve: second-order memories. sequentia
 of keys and values.
 """
 
-from .attention import attend, attention
+from .attention import attend, attention, recall
 from .gdr import gdr
 from .scan import fft_convolution, max_plus_scan, scan
 from .scan.diagonal import diagonal_system
@@ -28,6 +28,7 @@ __all__ = [
     "kalman_gains",
     "max_plus_scan",
     "precision",
+    "recall",
     "ridge_solve",
     "scan",
     "selective_scan",

@@ -228,10 +228,20 @@ def attend(q: Tensor, new: Tensor, data: Tensor, count: Tensor, scale: float) ->
     q: [B, Hq, d]; new: its key and value [B, 2, Hk, d]; data: [B, room, 2, Hk, d], overwritten; count: [B] int64,
     tokens written so far. Returns (o [B, Hq, d], data). No gradients.
     """
-    room = data.shape[1]
-    data[torch.arange(len(q), device=q.device), count % room] = new.to(data.dtype)
+    data[torch.arange(len(q), device=q.device), count % data.shape[1]] = new.to(data.dtype)
+    return _list_read(q, data, count + 1, scale), data
+
+
+@fused
+def recall(q: Tensor, data: Tensor, count: Tensor, scale: float) -> Tensor:
+    """What one token sees of a list that it is not written into: q [B, Hq, d], data [B, room, 2, Hk, d], count [B]
+    int64 entries there (one at least; from `room` on, all) -> [B, Hq, d]. No gradients."""
+    return _list_read(q, data, count, scale)
+
+
+def _list_read(q: Tensor, data: Tensor, count: Tensor, scale: float) -> Tensor:
     k, v = data.to(q.dtype).permute(2, 0, 3, 1, 4)
-    seen = (torch.arange(room, device=q.device) <= count[:, None])[:, None, None]
+    seen = (torch.arange(data.shape[1], device=q.device) < count[:, None])[:, None, None]
     grouped = q.shape[1] != k.shape[1]
     o = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=seen, scale=scale, enable_gqa=grouped)
-    return o[:, :, 0].contiguous(), data
+    return o[:, :, 0].contiguous()

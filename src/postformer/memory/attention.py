@@ -26,9 +26,11 @@ from postformer.design.base import Design
 from postformer.design.choices import Choices
 from postformer.design.cost import Cost
 from postformer.design.registry import register
-from postformer.kernels import attend, attention
+from postformer.kernels import attention, recall
+from postformer.kernels.tape import recording
 from postformer.layers.norm import RMSNorm
 from postformer.layers.rotary import angles, rotary
+from postformer.memory.lists import Ring, append, one_token, ring_token, rotate, tokens_seen, written
 
 
 class AttentionHeads(Design):
@@ -85,14 +87,6 @@ class AttentionDesign(Design):
             raise ValueError(f"heads.query is {self.heads.query}; it must be a multiple of "
                              f"heads.key_value ({self.heads.key_value})")
         return self
-
-
-class Ring(NamedTuple):
-    """The last `window` keys and values of a row: data [B, W, 2, Hk, d], position [B, W] (-1: empty), count [B]."""
-
-    data: Tensor
-    position: Tensor
-    count: Tensor
 
 
 class AttentionState(NamedTuple):
@@ -162,6 +156,8 @@ class Attention(Mixer):
         if (ctx.room and ctx.consume and length == 1 and segments is None and written(ctx) is None
                 and self.persistent is None and memory.data.dtype == q.dtype):
             o, memory = one_token(q[:, :, 0], new[:, 0], memory, position)
+        elif recording() and length == 1 and segments is None and isinstance(memory, Ring):
+            o, memory = ring_token(q[:, :, 0], new[:, 0], memory, position, written(ctx), self.persistent)
         else:
             o = self._read(q, k, v.transpose(1, 2), memory, position, segments, ctx).transpose(1, 2)
             if isinstance(memory, Growing):
@@ -186,17 +182,20 @@ class Attention(Mixer):
 
     def _again(self, x: Tensor, memory: Growing | Ring, ctx: Context) -> Tensor:
         """[B, T, Hq, d] read from a list that was written on after these tokens."""
-        assert isinstance(memory, Growing)
         assert ctx.later is not None
         assert ctx.position is not None
         batch, length = x.shape[:2]
         q = self.q_norm(self.q(x).view(batch, length, self.query_heads, self.dim).transpose(1, 2))
         if self.design.position == "rope":
             q = rotary(q, angles(ctx.position, self.rotated, q.dtype, self.design.rope_base))
-        k, v = memory.data[:, : int(memory.length.max())].to(q.dtype).permute(2, 0, 3, 1, 4)
-        last = memory.length[:, None] - 1 - ctx.later
+        count = memory.length if isinstance(memory, Growing) else memory.count
+        last = count[:, None] - 1 - ctx.later
         if self.sharpness is not None:
             q = self._sharpened(q, last + 1)
+        if recording():
+            return recall(q[:, :, 0], memory.data, count, float(self.dim**-0.5))[:, None]
+        assert isinstance(memory, Growing)
+        k, v = memory.data[:, : int(count.max())].to(q.dtype).permute(2, 0, 3, 1, 4)
         used = k.shape[2]
         if used >= length and bool((last == torch.arange(used - length, used, device=q.device)).all()):
             return attention(q, k, v).transpose(1, 2)
@@ -246,7 +245,7 @@ class Attention(Mixer):
     @classmethod
     def traits(cls, design: AttentionDesign) -> Traits:
         return Traits(two_way=True, streaming="constant" if design.window else "growing", native_emit=False,
-                      rereads=design.window is None and not design.persistent)
+                      rereads="no" if design.persistent else "last" if design.window else "all")
 
     @classmethod
     def choices(cls, design: AttentionDesign) -> Choices:
@@ -271,95 +270,3 @@ class Attention(Mixer):
             state=16 if design.window is None else design.window * (bytes_per_token + 8) + 16,
             state_per_token=((bytes_per_token, None),) if design.window is None else (),
         )
-
-
-def written(ctx: Context) -> Tensor | None:
-    """[B, T] bool: which tokens enter the list; None: all."""
-    write = None if ctx.write is None else ctx.write > 0
-    if ctx.valid is None:
-        return write
-    return ctx.valid if write is None else ctx.valid & write
-
-
-def tokens_seen(memory: Growing | Ring, segments: Tensor | None, ctx: Context, length: int) -> Tensor:
-    """[B, T] int64: tokens of its document that each token may see, itself included where it is kept."""
-    before = memory.length if isinstance(memory, Growing) else memory.count
-    kept = written(ctx)
-    new = torch.ones(len(before), length, dtype=torch.long, device=before.device) if kept is None else kept.long()
-    total = new.cumsum(1)
-    if segments is None:
-        return before[:, None] + (total if ctx.causal else total[:, -1:].expand_as(total))
-    earlier = (total - new).gather(1, torch.searchsorted(segments, segments))
-    if not ctx.causal:
-        total = total.gather(1, torch.searchsorted(segments, segments, right=True) - 1)
-    return total - earlier + before[:, None] * (segments == 0)
-
-
-def one_token(q: Tensor, new: Tensor, memory: Growing | Ring, position: Tensor) -> tuple[Tensor, Growing | Ring]:
-    """q [B, Hq, d], new [B, 2, Hk, d], position [B, 1] -> (o [B, Hq, d], the list with the token in it, in place)."""
-    scale = float(q.shape[-1] ** -0.5)
-    if isinstance(memory, Growing):
-        o, data = attend(q, new, memory.data, memory.length, scale)
-        return o, Growing(data, memory.length + 1)
-    o, data = attend(q, new, memory.data, memory.count, scale)
-    width = data.shape[1]
-    here = torch.arange(width, device=q.device) == (memory.count % width)[:, None]
-    return o, Ring(data, torch.where(here, position, memory.position), memory.count + 1)
-
-
-def append(memory: Growing, new: Tensor, segments: Tensor | None, keep: Tensor | None, consume: bool) -> Growing:
-    """The list after the tokens of `new` [B, T, ...] that are kept and belong to the last document."""
-    batch, length = new.shape[:2]
-    if segments is None and keep is None:
-        if memory.data.shape[1] == 0:
-            return Growing(new, memory.length + length)
-        keep = torch.ones(batch, length, dtype=torch.bool, device=new.device)
-        fresh = None
-    else:
-        keep = torch.ones(batch, length, dtype=torch.bool, device=new.device) if keep is None else keep
-        fresh = None
-        if segments is not None:
-            keep = keep & (segments == segments[:, -1:])
-            fresh = segments[:, -1] > 0
-    start = memory.length if fresh is None else memory.length.masked_fill(fresh, 0)
-    target = start[:, None] + keep.cumsum(1) - 1
-    after = start + keep.sum(1)
-    data, capacity = memory.data, memory.data.shape[1]
-    needed = int(after.max())
-    if needed > capacity:
-        grown = needed if capacity == 0 else max(needed, 2 * capacity)
-        wider = new.new_zeros(batch, grown, *new.shape[2:])
-        wider[:, :capacity] = data
-        data = wider
-    elif not consume:
-        data = data.clone()
-    rows, columns = torch.nonzero(keep, as_tuple=True)
-    return Growing(data.index_put((rows, target[rows, columns]), new[rows, columns].to(data.dtype))
-                   if data.requires_grad or new.requires_grad
-                   else data.index_put_((rows, target[rows, columns]), new[rows, columns].to(data.dtype)), after)
-
-
-def rotate(memory: Ring, new: Tensor, position: Tensor, segments: Tensor | None, keep: Tensor | None,
-           consume: bool) -> Ring:
-    """The ring after the tokens of `new`: entry i of a row's life sits in slot i mod W."""
-    batch, length = new.shape[:2]
-    width = memory.data.shape[1]
-    keep = torch.ones(batch, length, dtype=torch.bool, device=new.device) if keep is None else keep
-    data, places, count = memory.data, memory.position, memory.count
-    if not consume:
-        data, places = data.clone(), places.clone()
-    if segments is not None:
-        keep = keep & (segments == segments[:, -1:])
-        fresh = segments[:, -1] > 0
-        places = places.masked_fill(fresh[:, None], -1)
-        data = data.masked_fill(fresh[:, None, None, None, None], 0)
-        count = count.masked_fill(fresh, 0)
-    index = keep.cumsum(1) - 1
-    total = keep.sum(1)
-    keep = keep & (index >= (total - width)[:, None])
-    slot = (count[:, None] + index) % width
-    rows, columns = torch.nonzero(keep, as_tuple=True)
-    where = (rows, slot[rows, columns])
-    value = new[rows, columns].to(data.dtype)
-    data = data.index_put(where, value) if data.requires_grad or value.requires_grad else data.index_put_(where, value)
-    return Ring(data, places.index_put_(where, position[rows, columns]), count + total)

@@ -160,9 +160,9 @@ def test_attention_is_looped_over_the_first_applications_keys_by_loops(made):
 def test_reading_a_list_again_has_the_gradients_of_taking_each_token_twice(made):
     x = made.tokens(2, T).requires_grad_()
     found = []
-    for rereads in (True, False):
+    for rereads in ("all", "no"):
         sub = spread(made.sublayer("attention", {"kind": "loop", "most": 3, "state": "first"}))
-        assert sub.depth.able.rereads
+        assert sub.depth.able.rereads == "all"
         sub.depth.able = replace(sub.depth.able, rereads=rereads)
         out = sub(x, None, None, CTX)
         loss = (out.y * torch.arange(T)[:, None]).sum() + out.published["depth"].sum()

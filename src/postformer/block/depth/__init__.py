@@ -30,7 +30,7 @@ def make_depth(design: Any, site: Any, sublayer: Any, able: Traits, needs: froze
 def adapted(able: Traits, design: Any) -> Traits:
     """What a mixer can do under this depth."""
     made = MODULES.get(design.kind)
-    return able if made is None else replace(made.adapted(able, design), rereads=False)
+    return able if made is None else replace(made.adapted(able, design), rereads="no")
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from postformer.block.depth.repeat import Applications, Repeating
 from postformer.contract.context import Context
 from postformer.contract.mixer import Out, Traits
 from postformer.contract.state import State
+from postformer.kernels.tape import recording
 
 TINY = 1e-30
 """Probabilities are at least this inside a logarithm."""
@@ -49,7 +50,7 @@ class Halting(Repeating):
         for n in range(design.least, design.most + 1):
             if n:
                 running = valid if every or n == 1 else active  # whatever it then takes, a token is written once
-                if not (every or apply.waits or bool(running.any())):
+                if not (every or apply.waits or recording() or bool(running.any())):
                     break
                 f = apply(n - 1, h, running, None if n == 1 or not every else active if hard else rest)
                 if self.replaces:

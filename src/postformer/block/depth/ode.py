@@ -26,6 +26,7 @@ from postformer.block.depth.repeat import Applications, Repeating
 from postformer.contract.context import Context
 from postformer.contract.mixer import Out, Traits
 from postformer.contract.state import State
+from postformer.kernels.tape import recording
 
 
 class Continuous(Repeating):
@@ -40,7 +41,7 @@ class Continuous(Repeating):
         rest, count, used = (like.new_full(x.shape[:2], v) for v in (1.0, 0.0, 0.0))
         h, made = x, torch.zeros_like(x)
         for n in range(design.most):
-            if not (apply.waits or bool(active.any())):
+            if not (apply.waits or recording() or bool(active.any())):
                 break
             d = torch.ones_like(rest) if self.gate is None else F.softplus(wide(self.gate, h)) \
                 if n + 1 < design.most or design.price else rest

@@ -19,6 +19,7 @@ from postformer.block.depth.compaction import Flat, Rows, following
 from postformer.contract.context import Context, along_time, placed
 from postformer.contract.mixer import Out, Traits
 from postformer.contract.state import State
+from postformer.kernels.tape import recording, when
 
 
 class Repeated(NamedTuple):
@@ -119,8 +120,10 @@ class Applications:
         """state: first, at a later depth."""
         ctx, none, length = self.ctx, h.new_zeros(h.shape[:2]), h.shape[1]
         only = ctx.replace(tick=none, write=none, boundary=None, fresh=False)
+        if recording() and length == 1:
+            return self._recorded(full, running, only)
         whole = ctx.write is None and (ctx.boundary is None or not bool(ctx.boundary.any()))
-        if length > 1 and whole and self.around.able.rereads:
+        if length > 1 and whole and self.around.able.rereads == "all":
             kept = there(h, ctx).long()
             only = only.replace(later=kept.sum(1, keepdim=True) - kept.cumsum(1), consume=False, room=False)
         if length == 1 or only.later is not None:
@@ -150,3 +153,17 @@ class Applications:
                                    by.context(pairs, self.around.needs))
         self.outs.append(out)
         return by.put(out.y)[:, 1::2]
+
+    def _recorded(self, full: Tensor, running: Tensor, only: Context) -> Tensor:
+        """`_read` of one token, for a tape: all rows, and nothing where none is running."""
+        if self.around.able.rereads != "no":
+            only = only.replace(later=torch.zeros_like(running, dtype=torch.long))
+        read = {name: value for name, value in only.shared.items() if name in self.around.needs}
+        ctx, y = only.replace(shared=read, consume=False, emit=None, room=False), torch.zeros_like(self.x)
+
+        def branch() -> None:
+            out = self.sublayer.branch(full, self.states[0], ctx)
+            y.copy_(torch.where(running[..., None], out.y, 0))
+
+        when(running, branch)
+        return y

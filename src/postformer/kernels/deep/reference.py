@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tape import recording
+from ..tape import overwrite, recording
 from . import DeepState, Gates, Rule, Window, choose_rows, clipped, joined, settled, spread
 
 
@@ -75,7 +75,13 @@ def deep_recurrent(
         phase = state.phase + taken.long()
         full = phase == rule.chunk
         state = DeepState(state.frozen, running, momentum, step, window, phase % rule.chunk)
-        if recording() or bool(full.any()):
+        if recording():  # what a token wrote is new memory, and the frozen weights are the caller's to give away
+            overwrite(full, lambda state=state: _leaves(settled(state, rule)), _leaves(state))
+        elif bool(full.any()):
             state = choose_rows(full, settled(state, rule), state)
     o = torch.cat(out, 2)
     return (o if valid is None else o.masked_fill(~valid[:, None, :, None], 0)), state
+
+
+def _leaves(state: DeepState) -> list[Tensor]:
+    return [x for part in state for x in ((part,) if isinstance(part, Tensor) else part or ()) if x is not None]

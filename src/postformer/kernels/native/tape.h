@@ -21,7 +21,7 @@ enum {
   COPY, NEG, EXP, LOG, LOG1P, EXPM1, SQRT, RSQRT, ABS, SIGMOID, SILU, TANH, SOFTPLUS, LOG_SIGMOID, RELU, GELU,
   GELU_TANH, RECIPROCAL, COS, SIN, SIGN, ROUND, FLOOR, NOT, ELU, CLAMP, ADD, MUL, DIV, MAXIMUM, MINIMUM, POW, REMAINDER, LT,
   LE, GT, GE, EQ, NE, AND, OR, GELU_BACKWARD, GELU_TANH_BACKWARD, ADDCMUL, WHERE, LERP, ELEMENTWISE_END,
-  SUM, MEAN, AMAX, AMIN, NORM, ARGMAX, CUMSUM, SOFTMAX, LOG_SOFTMAX, LAYER_NORM, MATMUL, GATHER, ATTEND, SCAN_STEP
+  SUM, MEAN, AMAX, AMIN, NORM, ARGMAX, CUMSUM, SOFTMAX, LOG_SOFTMAX, LAYER_NORM, MATMUL, GATHER, ATTEND, SCAN_STEP, WHEN
 };
 
 #define CHUNK 256
@@ -172,12 +172,29 @@ INLINE const REAL *gathered(const REAL *p, long stride, long n, long padded, REA
   return into;
 }
 
+/* A run of y = a ? b : c, a of truth values and the others REAL. */
+INLINE void choose(REAL *y, long sy, const unsigned char *a, long sa, const REAL *b, long sb, const REAL *c, long sc,
+                   long n) {
+  if (sa == 0) { /* one answer for all */
+    const REAL *from = *a ? b : c;
+    const long s = *a ? sb : sc;
+    if (sy == 1 && s == 1) {
+      if (from != y) memmove(y, from, n * sizeof(REAL));
+    } else for (long i = 0; i < n; i++) y[i * sy] = from[i * s];
+  } else if (sy == 1 && sa == 1 && sb == 1 && sc == 1)
+    for (long i = 0; i < n; i++) y[i] = a[i] ? b[i] : c[i];
+  else
+    for (long i = 0; i < n; i++) y[i * sy] = a[i * sa] ? b[i * sb] : c[i * sc];
+}
+
 static void elementwise(const instruction *I) {
   const operand *o[4] = {&I->y, &I->a, &I->b, &I->c};
   static const int width[3] = {sizeof(REAL), 8, 1};
   const long r = I->rank, inner = I->n[r - 1];
   long outer = 1, index[RANK] = {0};
   int real = 1;
+  const int chooses = I->kind == WHERE && I->y.type == IS_REAL && I->a.type == IS_BOOL && I->b.type == IS_REAL &&
+                      I->c.type == IS_REAL;
   for (long d = 0; d + 1 < r; d++) outer *= I->n[d];
   for (int k = 0; k < 4; k++) real &= !o[k]->p || o[k]->type == IS_REAL;
   REAL room[4][CHUNK] __attribute__((aligned(64)));
@@ -190,7 +207,9 @@ static void elementwise(const instruction *I) {
       p[k] = o[k]->p ? o[k]->p + at * width[o[k]->type] : NULL;
       s[k] = o[k]->s[r - 1];
     }
-    for (long i = 0; i < inner; i += CHUNK) {
+    if (chooses)
+      choose((REAL *)p[0], s[0], (unsigned char *)p[1], s[1], (REAL *)p[2], s[2], (REAL *)p[3], s[3], inner);
+    else for (long i = 0; i < inner; i += CHUNK) {
       const long n = least(CHUNK, inner - i), padded = (n + VL - 1) / VL * VL;
       if (real) {
         const REAL *in[3] = {NULL, NULL, NULL};
@@ -408,6 +427,22 @@ static int gather(const instruction *I) {
   return 0;
 }
 
+/* Whether any of the n[0..rank-1] booleans of a is true. */
+static int any(const instruction *I) {
+  long index[RANK] = {0}, total = 1;
+  for (long d = 0; d < I->rank; d++) total *= I->n[d];
+  for (long step = 0; step < total; step++) {
+    long at = 0;
+    for (long d = 0; d < I->rank; d++) at += index[d] * I->a.s[d];
+    if (I->a.p[at]) return 1;
+    for (long d = I->rank - 1; d >= 0; d--) {
+      if (++index[d] < I->n[d]) break;
+      index[d] = 0;
+    }
+  }
+  return 0;
+}
+
 #include "tape_steps.h"
 
 /* Runs the tape; 0, or 1 where there is no memory, or 2 where an index is out of range. */
@@ -420,6 +455,7 @@ int NAME(tape_run)(const instruction *I, int64_t count, int threads) {
     else if (I->kind == GATHER) failed = gather(I);
     else if (I->kind == ATTEND) failed = attend(I, threads);
     else if (I->kind == SCAN_STEP) scan_step(I++);
+    else if (I->kind == WHEN && !any(I)) I += (long)I->alpha; /* so many instructions are left out */
     if (failed) return failed;
   }
   return 0;

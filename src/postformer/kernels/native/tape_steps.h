@@ -39,16 +39,17 @@ static void attend_to(const REAL *q, const REAL *list, long Hq, long Hk, long d,
 }
 
 /* One token of softmax attention. n: rows B, query heads, key heads, channels, places; y, a (query) [B, Hq, d] dense;
-   b (new key and value) [B, 2, Hk, d] dense; c: the list [B, places, 2, Hk, d]; d: its [B] count before the token.
+   b (new key and value) [B, 2, Hk, d] dense, or nothing: the list is only read; c: the list [B, places, 2, Hk, d]; d: its [B] count before the token.
    The token takes place count (mod places), and sees the last `places` tokens. alpha scales. Blocks of places are
    shared among threads and put together in order, the same for any number of threads. */
 static int attend(const instruction *I, int threads) {
   const long B = I->n[0], Hq = I->n[1], Hk = I->n[2], d = I->n[3], P = I->n[4], row = 2 * Hk * d;
   const int64_t *count = (int64_t *)I->d.p;
+  const long taken = I->b.p ? 1 : 0;
   long longest = 0;
   for (long b = 0; b < B; b++) {
-    memcpy(REAL_AT(&I->c) + b * I->c.s[0] + count[b] % P * row, REAL_AT(&I->b) + b * row, row * sizeof(REAL));
-    if (longest < least(count[b] + 1, P)) longest = least(count[b] + 1, P);
+    if (taken) memcpy(REAL_AT(&I->c) + b * I->c.s[0] + count[b] % P * row, REAL_AT(&I->b) + b * row, row * sizeof(REAL));
+    if (longest < least(count[b] + taken, P)) longest = least(count[b] + taken, P);
   }
   const long blocks = (longest + PLACES - 1) / PLACES, each = Hq * (d + 2);
   arena room;
@@ -58,14 +59,14 @@ static int attend(const instruction *I, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && B * blocks > 1)
 #endif
   for (long part = 0; part < B * blocks; part++) {
-    const long b = part / blocks, from = part % blocks * PLACES, to = least(from + PLACES, least(count[b] + 1, P));
+    const long b = part / blocks, from = part % blocks * PLACES, to = least(from + PLACES, least(count[b] + taken, P));
     if (from < to)
       attend_to(REAL_AT(&I->a) + b * Hq * d, REAL_AT(&I->c) + b * I->c.s[0], Hq, Hk, d, from, to, (REAL)I->alpha,
                 parts + part * each);
   }
   for (long b = 0; b < B; b++)
     for (long h = 0; h < Hq; h++) {
-      const long mine = (least(count[b] + 1, P) + PLACES - 1) / PLACES;
+      const long mine = (least(count[b] + taken, P) + PLACES - 1) / PLACES;
       const REAL *found = parts + b * blocks * each + h * (d + 2);
       REAL *y = REAL_AT(&I->y) + (b * Hq + h) * d, top = found[0], total = 0;
       for (long n = 1; n < mine; n++) {

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from .. import native as compiled
 from .. import settings
-from .lowering import FUSED, Instruction, NotRecordable, lower, pack
+from .lowering import FUSED, Instruction, NotRecordable, lower, pack, when_any
 
 _recorder: ContextVar[_Recorder | None] = ContextVar("postformer_tape", default=None)
 
@@ -119,6 +119,35 @@ def fused(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable[...,
     return run
 
 
+def when(needed: Tensor, function: Callable[[], None]) -> None:
+    """Run `function` if any of `needed` (bool) is true; a tape asks each time.
+
+    What the function makes is not to be used after it, but for what it writes, in place, into tensors that were there
+    before. While recording it runs in any case.
+    """
+    recorder = _recorder.get()
+    if recorder is None:
+        if bool(needed.any()):
+            function()
+        return
+    recorder.operations.append(Operation(BEGIN, (), {}, [needed], []))
+    function()
+    recorder.operations.append(Operation(END, (), {}, [], []))
+
+
+def overwrite(rows: Tensor, new: Callable[[], Sequence[Tensor]], old: Sequence[Tensor]) -> None:
+    """Each of `old` [B, ...] becomes its `new`, which is made only then, in place, where `rows` [B] bool is set."""
+    def write() -> None:
+        for value, held in zip(new(), old, strict=True):
+            if value is not held:
+                held.copy_(torch.where(rows.view(-1, *(1,) * (held.ndim - 1)), value.to(held.dtype), held))
+
+    when(rows, write)
+
+
+BEGIN, END = "begin", "end"
+
+
 class Tape:
     """Instructions on memory that it owns or was given; `run` computes the outputs again from what the inputs hold."""
 
@@ -180,7 +209,17 @@ def _assemble(operations: list[Operation], inputs: list[Tensor], state: list[Ten
     instructions: list[Instruction] = []
     written = set(given)
     made = {_home(t) for op in operations for t in op.writes}
+    begun: list[tuple[Instruction, int]] = []
+    bodies: list[tuple[Instruction, list[Instruction]]] = []
     for op in operations:
+        if op.name == BEGIN:
+            instructions.append(when_any(op.reads[0]))
+            begun.append((instructions[-1], len(instructions)))
+            continue
+        if op.name == END:
+            condition, start = begun.pop()
+            bodies.append((condition, instructions[start:]))
+            continue
         if not any(_home(t) in live for t in op.reads + op.writes if t.numel()):
             continue
         own = {_home(t) for t in op.writes}
@@ -201,6 +240,8 @@ def _assemble(operations: list[Operation], inputs: list[Tensor], state: list[Ten
     there, arena = _laid_out(instructions, free - set(moved))
     moved |= there
     instructions = [i for i in instructions if not i.idle(moved)]
+    for condition, body in bodies:
+        condition.alpha = float(sum(not i.idle(moved) for i in body))
     kept = [*inputs, *state, *outputs, arena]
     kept += [t for i in instructions for t in i.tensors() if _home(t) not in free]
     return Tape(instructions, outputs, kept, moved, dtype)

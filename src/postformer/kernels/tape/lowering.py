@@ -19,13 +19,14 @@ BINARY = ["add", "mul", "div", "maximum", "minimum", "pow", "remainder", "lt", "
 TERNARY = ["addcmul", "where", "lerp"]
 REDUCED = ["sum", "mean", "amax", "amin", "linalg_vector_norm", "argmax"]
 KINDS = [*UNARY, "clamp", *BINARY, *TERNARY, "end", *REDUCED, "cumsum", "_softmax", "_log_softmax", "layer_norm",
-         "matmul", "gather", "attend", "scan_step"]
+         "matmul", "gather", "attend", "scan_step", "when"]
 """In the order of the kinds in native/tape.h"""
 KIND = {name: i for i, name in enumerate(KINDS)}
 RANK = 5
-FUSED = {"attend", "scan_step"}
+FUSED = {"attend", "recall", "scan_step"}
 SAME = {"clone": "copy", "_to_copy": "copy", "multiply": "mul", "true_divide": "div", "_unsafe_view": "copy",
-        "bitwise_and": "logical_and", "bitwise_or": "logical_or", "bitwise_not": "logical_not", "negative": "neg"}
+        "bitwise_and": "logical_and", "bitwise_or": "logical_or", "bitwise_not": "logical_not", "negative": "neg",
+        "any": "amax", "all": "amin"}
 
 
 class NotRecordable(Exception):
@@ -324,6 +325,44 @@ def _attend(name: str, args: Any, options: Any, writes: list[Tensor], dtype: tor
     return [Instruction("attend", sizes, each, scale)]
 
 
+def _recall(name: str, args: Any, options: Any, writes: list[Tensor], dtype: torch.dtype) -> list[Instruction]:
+    q, data, count, scale = args
+    _dense(q, data[0], count)
+    sizes = [q.shape[0], q.shape[1], data.shape[3], q.shape[2], data.shape[1]]
+    each = [Operand(writes[0], writes[0].stride()), Operand(q, q.stride()), None,
+            Operand(data, data.stride()), Operand(count, count.stride())]
+    return [Instruction("attend", sizes, each, scale)]
+
+
+def _topk(name: str, args: Any, options: Any, writes: list[Tensor], dtype: torch.dtype) -> list[Instruction]:
+    """The largest, then the largest of the others, and so on."""
+    a, (values, indices) = args[0], writes
+    dim = args[2] if len(args) > 2 else options.get("dim", -1)
+    largest = args[3] if len(args) > 3 else options.get("largest", True)
+    if dim % a.ndim != a.ndim - 1 or a.ndim > RANK or not largest:
+        raise NotRecordable("topk that is not of the largest of the last dimension")
+    left, here = a.contiguous().clone(), torch.empty(a.shape, dtype=torch.bool)
+    each = torch.arange(a.shape[-1]).expand(a.shape)
+    made = [pointwise("copy", left, [a])]
+    for j in range(count := indices.shape[-1]):
+        value, index = values[..., j], indices[..., j]
+        rows = [Operand(left, left.stride())]
+        made += [Instruction("argmax", left.shape, [Operand(index, [*index.stride(), 0]), *rows]),
+                 Instruction("amax", left.shape, [Operand(value, [*value.stride(), 0]), *rows])]
+        if j + 1 < count:
+            made += [pointwise("eq", here, [each, index[..., None]]),
+                     pointwise("where", left, [here, _tensor(-math.inf, left.dtype), left])]
+    return made
+
+
+def when_any(needed: Tensor) -> Instruction:
+    """Whether the next instructions run; `alpha`, how many those are, is filled in when it is known."""
+    if needed.dtype != torch.bool or needed.ndim > RANK:
+        raise NotRecordable(f"a condition of {needed.dtype} in {needed.ndim} dimensions")
+    sizes, strides = ([1], [1]) if not needed.ndim else (list(needed.shape), list(needed.stride()))
+    return Instruction("when", sizes, [None, Operand(needed, strides)])
+
+
 def _scan_step(name: str, args: Any, options: Any, writes: list[Tensor], dtype: torch.dtype) -> list[Instruction]:
     x, dt, A, B, C, h = args
     y, after = writes
@@ -346,7 +385,7 @@ LOWER: dict[str, Callable[..., list[Instruction]]] = {
     "clamp_min": _clamp, "clamp_max": _clamp, "masked_fill": _filled, "fill": _filled, "zero": _filled, "gelu": _gelu,
     "gelu_backward": _gelu, "constant_pad_nd": _padded,
     "cat": _joined, "stack": _joined, "_softmax": _mapped, "_log_softmax": _mapped, "cumsum": _mapped,
-    "native_layer_norm": _layer_norm, "attend": _attend, "scan_step": _scan_step,
+    "native_layer_norm": _layer_norm, "attend": _attend, "recall": _recall, "topk": _topk, "scan_step": _scan_step,
     **dict.fromkeys(REDUCED, _reduced),
     **dict.fromkeys(("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot"), _matmul),
     **dict.fromkeys(("embedding", "index", "index_select", "gather"), _gathered),

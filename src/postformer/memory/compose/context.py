@@ -36,6 +36,7 @@ from postformer.design.base import Design
 from postformer.design.cost import Cost, visible_keys
 from postformer.design.grammar import AnyMixer
 from postformer.design.registry import register
+from postformer.kernels.tape import overwrite, recording
 from postformer.layers.norm import RMSNorm
 
 
@@ -102,7 +103,7 @@ class Segmented(Mixer):
         before, after = positions(state.taken, length, ctx.replace(valid=kept), self.forget_at)
         place = before % self.design.segment
         full = kept & (place == self.design.segment - 1)
-        ends = {t + 1 for t in torch.nonzero(full.any(0)).flatten().tolist()}
+        ends = {1} if recording() and length == 1 else {t + 1 for t in torch.nonzero(full.any(0)).flatten().tolist()}
         starts = set() if ctx.boundary is None else set(torch.nonzero((ctx.boundary > 0).any(0)).flatten().tolist())
         parts: list[tuple[Out, Out]] = []
         ys: list[Tensor] = []
@@ -128,7 +129,12 @@ class Segmented(Mixer):
         nothing = x.new_zeros(x.shape[:2])
         h = self.memory(x, state.start, ctx.replace(tick=nothing, write=nothing, consume=False)).y
         pairs = torch.stack([h.to(x.dtype), x], 2).flatten(1, 2)
-        out = self.attention(pairs, state.attention, doubled(ctx, place))
+        both = doubled(ctx, place)
+        if recording() and x.shape[1] == 1:  # one by one, for which attention has a step
+            first = self.attention(pairs[:, :1], state.attention, both.narrow(0, 1, 2))
+            out = self.attention(pairs[:, 1:], first.state, both.narrow(1, 2, 2))
+            return (out := out._replace(y=self.norm(out.y))), self.memory(out.y, state.running, ctx)
+        out = self.attention(pairs, state.attention, both)
         out = out._replace(y=self.norm(out.y[:, 1::2]))
         return out, self.memory(out.y, state.running, ctx)
 
@@ -148,6 +154,10 @@ class Segmented(Mixer):
     def _next_segment(self, rows: Tensor, state: SegmentState) -> SegmentState:
         """Rows [B] bool begin a segment: they read what they have learned, and attend to nothing yet."""
         fresh = self.attention.initial(rows.shape[0])
+        if recording():
+            overwrite(rows, lambda: [*states.leaves(state.running), *states.leaves(fresh)],
+                      [*states.leaves(state.start), *states.leaves(state.attention)])
+            return state
         return state._replace(start=states.where(rows, state.running, state.start),
                               attention=states.where(rows, fresh, state.attention))
 

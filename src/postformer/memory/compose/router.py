@@ -28,6 +28,7 @@ from postformer.design.base import Design
 from postformer.design.cost import Cost
 from postformer.design.grammar import AnyMixer
 from postformer.design.registry import register
+from postformer.kernels.tape import recording
 from postformer.memory.compose.chain import Composite, gathered
 
 
@@ -74,7 +75,7 @@ class Router(Composite):
         outs = [child(x, past, self._gates(weight[..., i], ctx)) for i, (child, past) in enumerate(zip(self.of, pasts))]
         y = (torch.stack([out.y for out in outs], -1) * weight[..., None, :].to(x.dtype)).sum(-1)
         out = gathered(y, outs, ctx)
-        if not self.design.balance:
+        if not self.design.balance or recording():
             return out
         return out._replace(losses={**out.losses, "router": self.design.balance * imbalance(share, ctx.valid)})
 

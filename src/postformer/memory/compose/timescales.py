@@ -189,7 +189,7 @@ class Timescales(Mixer):
         made = joined(each)
         reads = tuple(name for name in made.reads if not (design.unsure and name == f"{FED}doubt"))
         # Its levels do what they cannot natively by themselves.
-        return replace(made, native_reset=True, native_emit=True, rereads=False, publishes=design.offers, reads=reads)
+        return replace(made, native_reset=True, native_emit=True, rereads="no", publishes=design.offers, reads=reads)
 
     @classmethod
     def words(cls, design: TimescalesDesign) -> str:
