@@ -119,7 +119,7 @@ def test_preconditioning_by_a_constant_is_gated_deltanet_with_larger_steps():
     """A centre far above any curvature makes every gain x = 3/2."""
     special, plain = scrambled("preconditioned-deltanet"), scrambled("gated-deltanet")
     for rule in (m.params for m in plain.modules() if hasattr(m, "params")):
-        rule.written = lambda x, k, written=rule.written: SPREAD * written(x, k)
+        rule.size = lambda x, k, size=rule.size: SPREAD * size(x, k)
     after, before = become(special, plain, lambda ours, other: ours.centre.fill_(1e12))
     assert after < 1e-9
     assert before > 1e-3
@@ -143,8 +143,8 @@ def test_stretched_rates_reach_both_ends_and_reflect_exactly():
         rule.rate.weight.mul_(20)
         made, _ = rule(x, rule.initial(1), Context())
         plain = 2 * torch.sigmoid(rule.rate(x)).transpose(1, 2)
-    beta = (made.w * made.e).sum(-1)
-    assert error(beta, (1.1 * plain - 0.1).clamp(0, 2)) < 1e-6  # the keys are of length 1 to 1e-6
+    beta = made.rate[..., 0]
+    assert error(beta, (1.1 * plain - 0.1).clamp(0, 2)) < 1e-12
     assert (beta == 0).any()
     ends = (beta - 2).abs() < 1e-5
     assert ends.any()
@@ -153,7 +153,7 @@ def test_stretched_rates_reach_both_ends_and_reflect_exactly():
     s = torch.randn(len(e), 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     after = s
     for _ in range(256):
-        after = after - torch.outer(made.w[0, head, at], e @ after)
+        after = after - torch.outer(beta[0, head, at] * e, e @ after)
     assert error(after, s) < 1e-3
 
 
@@ -182,7 +182,7 @@ def test_an_implicit_step_is_where_its_objective_is_stationary():
         made, _ = rule(x, rule.initial(1), Context())
         beta = torch.sigmoid(rule.rate(x)).transpose(1, 2)
         assert made.e.norm(dim=-1).max() > 1.5  # keys far from unit norm
-        states = [gdr(made.q[:, :, :t], None, w=made.w[:, :, :t], e=made.e[:, :, :t], u=made.u[:, :, :t])[1]
+        states = [gdr(made.q[:, :, :t], None, rate=made.rate[:, :, :t], e=made.e[:, :, :t], u=made.u[:, :, :t])[1]
                   for t in (6, 7)]
     before, after = states[0], states[1].requires_grad_()
     miss = torch.einsum("bhkv,bhk->bhv", after, made.e[:, :, 6]) - made.u[:, :, 6]

@@ -93,7 +93,7 @@ class _Values(TorchFunctionMode):
 
 def recording() -> bool:
     """Whether what happens now is being recorded, so that a shortcut that asks a tensor's value must not be taken."""
-    return _recorder.get() is not None
+    return not torch.compiler.is_compiling() and _recorder.get() is not None
 
 
 def fused(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable[..., Any]:
