@@ -94,7 +94,7 @@ class Experts(Mixer):
 
     def __init__(self, design: ExpertsDesign, site: Any) -> None:
         super().__init__()
-        self.design = design
+        self.design, self.width = design, site.dim_out
         self.router = site.linear("router", site.width, design.experts, bias=design.router_bias, role="gate")
         self.experts = nn.ModuleList(FeedForward(design.expert, site.child(f"experts.{i}"), role="expert")
                                      for i in range(design.experts))
@@ -109,22 +109,23 @@ class Experts(Mixer):
         u = tokens if there is None else tokens[there]
         scores = self.scores(u)
         chosen, weight = self.choose(scores)
-        if recording():
-            return Out(self._with_shared(u, self._stepped(u, chosen, weight)).to(x.dtype).unflatten(0, x.shape[:2]))
-        load = counted(chosen, self.design.experts)
-        reference = current().backend == "reference"
-        y = self._masked(u, chosen, weight) if reference else self._grouped(u, chosen, weight, load)
-        y = self._with_shared(u, y)
+        load = None if recording() else counted(chosen, self.design.experts)
+        if load is None:
+            y = self._stepped(u, chosen, weight)
+        elif current().backend == "reference":
+            y = self._masked(u, chosen, weight)
+        else:
+            y = self._grouped(u, chosen, weight, load)
+        if self.shared is not None:
+            shared = self.shared.transform(u)
+            y = y + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(u)) * shared)
         if there is not None:
             y = y.new_zeros(len(tokens), y.shape[1]).index_copy(0, there, y)
+        y = y.to(x.dtype).unflatten(0, x.shape[:2])
+        if load is None:
+            return Out(y)
         losses = {"router": self._balance_loss(scores, load)} if self.design.balance == "loss" else EMPTY
-        return Out(y.to(x.dtype).unflatten(0, x.shape[:2]), losses=losses, measured={"load": load})
-
-    def _with_shared(self, u: Tensor, y: Tensor) -> Tensor:
-        if self.shared is None:
-            return y
-        shared = self.shared.transform(u)
-        return y + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(u)) * shared)
+        return Out(y, losses=losses, measured={"load": load})
 
     def scores(self, u: Tensor) -> Tensor:
         """u [N, D] -> [N, experts] in fp32 or better, whatever autocast says: near ties decide."""
@@ -155,7 +156,7 @@ class Experts(Mixer):
 
     def _stepped(self, u: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
         """For a recorded step: expert after expert on all tokens, each only where some token has chosen it."""
-        y = u.new_zeros(len(u), self._expert(0).transform(u[:1]).shape[1], dtype=weight.dtype)
+        y = u.new_zeros(len(u), self.width, dtype=weight.dtype)
         for i in range(self.design.experts):
             picked = chosen == i
             share = (weight * picked).sum(-1, keepdim=True)

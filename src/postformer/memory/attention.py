@@ -30,7 +30,7 @@ from postformer.kernels import attention, recall
 from postformer.kernels.tape import recording
 from postformer.layers.norm import RMSNorm
 from postformer.layers.rotary import angles, rotary
-from postformer.memory.lists import Ring, append, one_token, ring_token, rotate, tokens_seen, written
+from postformer.memory.lists import Ring, append, one_token, ring_token, rotate, taken, tokens_seen, written
 
 
 class AttentionHeads(Design):
@@ -188,7 +188,7 @@ class Attention(Mixer):
         q = self.q_norm(self.q(x).view(batch, length, self.query_heads, self.dim).transpose(1, 2))
         if self.design.position == "rope":
             q = rotary(q, angles(ctx.position, self.rotated, q.dtype, self.design.rope_base))
-        count = memory.length if isinstance(memory, Growing) else memory.count
+        count = taken(memory)
         last = count[:, None] - 1 - ctx.later
         if self.sharpness is not None:
             q = self._sharpened(q, last + 1)

@@ -28,9 +28,14 @@ def written(ctx: Context) -> Tensor | None:
     return ctx.valid if write is None else ctx.valid & write
 
 
+def taken(memory: Growing | Ring) -> Tensor:
+    """[B] int64: tokens that have entered the list, those that a ring has lost included."""
+    return memory.length if isinstance(memory, Growing) else memory.count
+
+
 def tokens_seen(memory: Growing | Ring, segments: Tensor | None, ctx: Context, length: int) -> Tensor:
     """[B, T] int64: tokens of its document that each token may see, itself included where it is kept."""
-    before = memory.length if isinstance(memory, Growing) else memory.count
+    before = taken(memory)
     kept = written(ctx)
     new = torch.ones(len(before), length, dtype=torch.long, device=before.device) if kept is None else kept.long()
     total = new.cumsum(1)
@@ -44,11 +49,9 @@ def tokens_seen(memory: Growing | Ring, segments: Tensor | None, ctx: Context, l
 
 def one_token(q: Tensor, new: Tensor, memory: Growing | Ring, position: Tensor) -> tuple[Tensor, Growing | Ring]:
     """q [B, Hq, d], new [B, 2, Hk, d], position [B, 1] -> (o [B, Hq, d], the list with the token in it, in place)."""
-    scale = float(q.shape[-1] ** -0.5)
+    o, data = attend(q, new, memory.data, taken(memory), float(q.shape[-1] ** -0.5))
     if isinstance(memory, Growing):
-        o, data = attend(q, new, memory.data, memory.length, scale)
         return o, Growing(data, memory.length + 1)
-    o, data = attend(q, new, memory.data, memory.count, scale)
     width = data.shape[1]
     here = torch.arange(width, device=q.device) == (memory.count % width)[:, None]
     return o, Ring(data, torch.where(here, position, memory.position), memory.count + 1)

@@ -133,9 +133,11 @@ class Segmented(Mixer):
         if recording() and x.shape[1] == 1:  # one by one, for which attention has a step
             first = self.attention(pairs[:, :1], state.attention, both.narrow(0, 1, 2))
             out = self.attention(pairs[:, 1:], first.state, both.narrow(1, 2, 2))
-            return (out := out._replace(y=self.norm(out.y))), self.memory(out.y, state.running, ctx)
-        out = self.attention(pairs, state.attention, both)
-        out = out._replace(y=self.norm(out.y[:, 1::2]))
+            y = out.y
+        else:
+            out = self.attention(pairs, state.attention, both)
+            y = out.y[:, 1::2]
+        out = out._replace(y=self.norm(y))
         return out, self.memory(out.y, state.running, ctx)
 
     def _bounded(self, x: Tensor, place: Tensor, state: SegmentState, ctx: Context) -> SegmentState:
